@@ -1,0 +1,61 @@
+"""Edit the attention of pretrained Hugging Face models at inference time.
+
+model = attn_hooks.wrap(model, "act")              # one call, same object, same class
+with attn_hooks.editing(model, PASTA(spans=...)):  # or for a while
+    model.generate(...)
+attn_hooks.unwrap(model)                           # bit for bit what it was
+"""
+
+from attn_hooks.call import AttentionCall
+from attn_hooks.edit import Edit
+from attn_hooks.errors import AttnHooksError, EditError, UnsupportedArgumentError, UnsupportedModelError
+from attn_hooks.layout import TokenKind, TokenLayout
+from attn_hooks.methods.ablate import Ablate
+from attn_hooks.methods.act import ACT
+from attn_hooks.methods.head_affine import HeadAffine
+from attn_hooks.methods.pasta import PASTA
+from attn_hooks.methods.power import PowerAttention
+from attn_hooks.methods.sink_scale import SinkScale
+from attn_hooks.methods.streaming import Streaming
+from attn_hooks.model_info import LayerInfo, ModelInfo, inspect_model
+from attn_hooks.paths import recipes_dir, testbed_path
+from attn_hooks.registry import build_edit, methods
+from attn_hooks.reporting import explain, report
+from attn_hooks.spans import find_spans
+from attn_hooks.storage import load_edits, save_edits
+from attn_hooks.wrapping import EditNeverActedWarning, editing, edits_in_force, unwrap, wrap
+
+__all__ = [
+    "ACT",
+    "PASTA",
+    "Ablate",
+    "AttentionCall",
+    "AttnHooksError",
+    "Edit",
+    "EditError",
+    "EditNeverActedWarning",
+    "HeadAffine",
+    "LayerInfo",
+    "ModelInfo",
+    "PowerAttention",
+    "SinkScale",
+    "Streaming",
+    "TokenKind",
+    "TokenLayout",
+    "UnsupportedArgumentError",
+    "UnsupportedModelError",
+    "build_edit",
+    "editing",
+    "edits_in_force",
+    "explain",
+    "find_spans",
+    "inspect_model",
+    "load_edits",
+    "methods",
+    "recipes_dir",
+    "report",
+    "save_edits",
+    "testbed_path",
+    "unwrap",
+    "wrap",
+]

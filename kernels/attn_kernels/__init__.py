@@ -1,0 +1,31 @@
+"""Attention operations with edits: the primitives, their specification and the PyTorch path.
+
+Knows torch and triton only: no models, no configs, no transformers.
+"""
+
+from attn_kernels.edited_attention.blocked import edited_attention, edited_weights, head_affine, moved_mass, read_taps
+from attn_kernels.edited_attention.reference import edited_attention_reference
+from attn_kernels.inputs import AttentionInputs
+from attn_kernels.patterns import Pattern, PowerOfTwoBlocks, SinkAndWindow
+from attn_kernels.primitives import Gate, HeadAffine, LogitMap, Order, Primitive, Regroup, Sparsity, Tap
+
+__all__ = [
+    "AttentionInputs",
+    "Gate",
+    "HeadAffine",
+    "LogitMap",
+    "Order",
+    "Pattern",
+    "PowerOfTwoBlocks",
+    "Primitive",
+    "Regroup",
+    "SinkAndWindow",
+    "Sparsity",
+    "Tap",
+    "edited_attention",
+    "edited_attention_reference",
+    "edited_weights",
+    "head_affine",
+    "moved_mass",
+    "read_taps",
+]

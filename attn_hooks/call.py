@@ -1,0 +1,83 @@
+"""One attention call, as a method sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from attn_kernels import AttentionInputs, Primitive, Tap, read_taps
+from attn_kernels.primitives import TapKind
+from torch import Tensor
+
+from attn_hooks.layout import TokenLayout
+
+Phase = Literal["prefill", "chunk", "decode"]
+"""``prefill``: the first forward of a sequence; ``decode``: one more token; ``chunk``: several more tokens at once."""
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """Everything that one call of one layer offers to a method.
+
+    ``heads`` are the global indices of the query heads present, which under tensor parallelism are this rank's.
+    ``state`` is the method's own memory of this sequence in this layer; it lives as long as the cache.
+    ``earlier`` holds the primitives of methods that act before this one; taps see their effect.
+    """
+
+    inputs: AttentionInputs
+    model: str
+    layer: int
+    num_layers: int
+    heads: range
+    phase: Phase
+    layout: TokenLayout
+    key_kinds: Tensor  # (B, M) uint8
+    query_valid: Tensor  # (B, N) bool
+    prompt_length: int | None
+    state: dict[str, Any]
+    earlier: list[Primitive] = field(default_factory=list)
+
+    @property
+    def batch(self) -> int:
+        return self.inputs.query.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.inputs.query.device
+
+    def select_heads(self, heads: Sequence[tuple[int, int]] | None) -> Tensor | None:
+        """``(H,)`` bool over the heads of this call for pairs (layer, head); None stays None: all heads."""
+        if heads is None:
+            return None
+        selected = torch.zeros(len(self.heads), dtype=torch.bool, device=self.device)
+        for layer, head in heads:
+            if layer == self.layer and head in self.heads:
+                selected[head - self.heads.start] = True
+        return selected
+
+    def keys_at(self, positions: Tensor) -> Tensor:
+        """A key group ``(B|1, 1, M)`` from a bool tensor over key positions ``(B|1, M)``, padding left out."""
+        return (positions & self.inputs.key_valid)[:, None, :]
+
+    def tap(self, kind: TapKind, keys: Tensor | None = None, heads: Tensor | None = None) -> Tensor:
+        """A reduction of this call's weights over the real rows, under the edits that act before this method.
+
+        See ``attn_kernels.Tap`` for the kinds and shapes. Costs one more pass over the scores of the heads asked for.
+        """
+        results: list[Tensor] = []
+        tap = Tap(kind, results.append, keys=keys, rows=self.query_valid)
+        selected = None if heads is None else heads.nonzero().squeeze(-1)
+        read_taps(self.inputs, [*self.earlier, tap], selected)
+        return results[0]
+
+    def on_this_calls_keys(self, group: Tensor) -> Tensor:
+        """A key group over the whole sequence ``(B, H|1, T)`` as it lies on this call's keys ``(B, H|1, M)``.
+
+        Keys after the group's end (generated since) are outside it; keys that a sliding cache has dropped are gone.
+        """
+        start = int(self.inputs.key_index[0])
+        present = group[..., start : start + self.inputs.num_keys]
+        missing = self.inputs.num_keys - present.shape[-1]
+        return torch.nn.functional.pad(present, (0, missing))

@@ -1,0 +1,157 @@
+"""What a method is: a frozen config that answers an attention call with primitives."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from attn_kernels import Primitive
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, WithJsonSchema
+from torch import Tensor
+
+from attn_hooks.call import AttentionCall, Phase
+from attn_hooks.errors import error
+from attn_hooks.model_info import ModelInfo
+
+Reads = Literal["query", "key", "value", "weights", "output", "tokens"]
+Writes = Literal["visibility", "logits", "weights", "output"]
+Scope = Literal["per-token", "per-row", "whole-matrix"]
+
+# Methods act in this order whatever the order in which they are listed, as the primitives do.
+STAGES: tuple[Writes, ...] = ("logits", "visibility", "weights", "output")
+
+
+def _head_pairs(value: Any) -> Any:
+    """Accepts PASTA's form {layer: [heads]} beside pairs (layer, head)."""
+    if isinstance(value, dict):
+        return tuple((int(layer), head) for layer, heads in value.items() for head in heads)
+    return value
+
+
+NonNegative = Annotated[int, Field(ge=0)]
+Layers = tuple[NonNegative, ...]
+Heads = Annotated[tuple[tuple[NonNegative, NonNegative], ...], BeforeValidator(_head_pairs)]
+"""Query heads as pairs (layer, head), both counted from 0 over the whole model, or as {layer: [heads]}."""
+
+
+def _as_tensor(value: Any) -> Tensor:
+    tensor = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32)
+    if not torch.isfinite(tensor).all():
+        raise ValueError("holds values that are not finite")
+    return tensor
+
+
+TensorField = Annotated[
+    Tensor,
+    BeforeValidator(_as_tensor),
+    PlainSerializer(lambda tensor: tensor.tolist(), when_used="json"),
+    WithJsonSchema({"type": "array", "description": "nested lists of floats, or a tensor"}),
+]
+
+
+class Edit(BaseModel):
+    """Base of every method. Fields are the paper's hyperparameters; class variables declare what it touches.
+
+    The declarations decide where an edit may run (tensor parallelism, other engines) and in which order edits act:
+    ``reads`` and ``writes`` of an attention call, ``scope`` (what one output row depends on), ``head_indexed`` (names
+    single heads), ``needs_lengths`` (counts from a sequence's beginning), ``keeps_state`` (remembers the prompt).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, validate_default=True)
+
+    method: ClassVar[str]
+    source: ClassVar[str]
+    reads: ClassVar[frozenset[Reads]]
+    writes: ClassVar[Writes]
+    scope: ClassVar[Scope]
+    head_indexed: ClassVar[bool] = False
+    needs_lengths: ClassVar[bool] = True
+    keeps_state: ClassVar[bool] = False
+
+    def __init__(self, **parameters: Any) -> None:
+        try:
+            super().__init__(**parameters)
+        except ValidationError as invalid:
+            raise error("bad-parameters", method=type(self).method, detail=explain_validation(invalid)) from None
+
+    def primitives(self, call: AttentionCall) -> list[Primitive]:
+        """The primitives for one call. Never computes attention itself."""
+        raise NotImplementedError(f"{type(self).__name__} defines no primitives")
+
+    def layers_in(self, model: ModelInfo) -> tuple[int, ...]:
+        """Layers in which this edit acts: its ``heads``' layers, else its ``layers``, else all."""
+        heads: Heads | None = getattr(self, "heads", None)
+        if heads is not None:
+            return tuple(sorted({layer for layer, _ in heads}))
+        layers: Layers | None = getattr(self, "layers", None)
+        return model.layer_indices if layers is None else tuple(sorted(set(layers)))
+
+    def heads_in(self, model: ModelInfo, layer: int) -> tuple[int, ...] | None:
+        """Query heads of ``layer`` that this edit names; None: all of them."""
+        heads: Heads | None = getattr(self, "heads", None)
+        return None if heads is None else tuple(sorted({head for at, head in heads if at == layer}))
+
+    def check(self, model: ModelInfo) -> None:
+        """Raises ``EditError`` if this edit does not fit ``model``. Methods extend it."""
+        layers = self.layers_in(model)
+        if not layers:
+            detail = f"it has {model.num_layers} layers"
+            raise error("no-layers", method=self.method, model=model.model_class, detail=detail)
+        for layer in layers:
+            if layer not in model.layer_indices:
+                raise error(
+                    "layer-out-of-range",
+                    method=self.method,
+                    layer=layer,
+                    model=model.model_class,
+                    layers=_ranges(model.layer_indices),
+                )
+            for head in self.heads_in(model, layer) or ():
+                last = model.layer(layer).num_heads - 1
+                if head > last:
+                    raise error(
+                        "head-out-of-range",
+                        method=self.method,
+                        head=head,
+                        layer=layer,
+                        model=model.model_class,
+                        last=last,
+                    )
+
+    def refuse_phase(self, call: AttentionCall, reason: str) -> Exception:
+        """The error for a phase in which this method is not defined; the caller raises it."""
+        names: dict[Phase, str] = {
+            "prefill": "the prompt",
+            "chunk": "several new tokens at once after the first forward",
+            "decode": "decode",
+        }
+        return error(
+            "phase", method=self.method, phase=names[call.phase], layer=call.layer, model=call.model, reason=reason
+        )
+
+    def __str__(self) -> str:
+        shown = {name: value for name, value in self if value != type(self).model_fields[name].default}
+        return f"{self.method}({', '.join(f'{name}={_short(value)}' for name, value in shown.items())})"
+
+
+def explain_validation(invalid: ValidationError) -> str:
+    """pydantic's findings as one line a user can act on."""
+    parts = []
+    for problem in invalid.errors():
+        place = ".".join(str(step) for step in problem["loc"]) or "parameters"
+        given = "" if problem["type"] == "missing" else f" (got {_short(problem['input'])})"
+        parts.append(f"{place}: {problem['msg']}{given}")
+    return "; ".join(parts)
+
+
+def _short(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"tensor{tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _ranges(indices: tuple[int, ...]) -> str:
+    """``0-7`` for consecutive indices, else the list."""
+    first, last = indices[0], indices[-1]
+    return f"{first}-{last}" if len(indices) == last - first + 1 else ", ".join(map(str, indices))

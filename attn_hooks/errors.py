@@ -1,0 +1,268 @@
+"""Every error that attn_hooks raises, in one catalogue: what the user reads, why it came, and the way out.
+
+``docs/errors.md`` is written from this table (``python -m attn_hooks.errors``) and a test holds the two together.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class AttnHooksError(ValueError):
+    """Raised for anything that a user asked for and that cannot be done as asked.
+
+    ``code`` names the row of the catalogue and of docs/errors.md.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{message} [{code}]")
+        self.code = code
+
+
+class UnsupportedModelError(AttnHooksError):
+    """The model cannot be edited, whatever the edit."""
+
+
+class UnsupportedArgumentError(AttnHooksError):
+    """An attention call carries something that cannot be honoured exactly together with the edits in force."""
+
+
+class EditError(AttnHooksError):
+    """The edit does not fit the model, the phase or the other edits."""
+
+
+class Entry(NamedTuple):
+    """One row: the class raised, the message's template, and what docs/errors.md says of it."""
+
+    kind: type[AttnHooksError]
+    message: str
+    cause: str
+    fix: str
+
+
+CATALOGUE: dict[str, Entry] = {
+    "no-attention-interface": Entry(
+        UnsupportedModelError,
+        "{model}: no attention of this model goes through transformers' AttentionInterface, so there is nothing to "
+        "hook. {detail}",
+        "The modeling file computes attention by itself (Bloom, Falcon, GPT-J, MPT, ...) or has none (Mamba, RWKV).",
+        "Use a model whose modeling file calls ALL_ATTENTION_FUNCTIONS; docs/compatibility.md lists them.",
+    ),
+    "no-causal-attention": Entry(
+        UnsupportedModelError,
+        "{model}: none of its attention modules is causal self-attention ({detail}).",
+        "Encoders and cross attention are not edited: every method shipped is defined on causal rows.",
+        "Wrap the decoder, or a decoder-only model.",
+    ),
+    "unsupported-backend": Entry(
+        UnsupportedModelError,
+        "{model}: its attention runs on {backend!r}, whose calls the engine cannot read. Call "
+        "model.set_attn_implementation('sdpa') (or 'eager') before wrapping.",
+        "flash_attention_*, flex_attention, paged and hub kernels get packed inputs or opaque masks.",
+        "Switch to 'sdpa' first: on a GPU it runs the same flash kernels.",
+    ),
+    "backend-branch": Entry(
+        UnsupportedModelError,
+        "{model}: {module_class} takes another path for an attention implementation that it does not know by name, so "
+        "the same backend would not run. It cannot be wrapped.",
+        "Some sparse-attention models compare config._attn_implementation with 'sdpa' or 'eager' inside the module.",
+        "None yet; docs/compatibility.md names these families.",
+    ),
+    "meta-device": Entry(
+        UnsupportedModelError,
+        "{model}: its parameters are on the meta device, so there is no model to edit yet. Load the weights first "
+        "(from_pretrained without init_empty_weights), then wrap.",
+        "wrap() got a skeleton made under init_empty_weights or torch.device('meta').",
+        "Load the weights, then wrap. Models offloaded by accelerate are fine.",
+    ),
+    "not-a-model": Entry(
+        UnsupportedModelError,
+        "wrap() takes a transformers model, got {given}.",
+        "The first argument is not a torch.nn.Module with transformers attention inside.",
+        "Pass the model object itself, for a pipeline its .model.",
+    ),
+    "not-wrapped": Entry(
+        AttnHooksError,
+        "{model} is not wrapped, so there is nothing to {what}.",
+        "report() or save_edits() on a model without edits in force.",
+        "Call attn_hooks.wrap(model, ...) first, or call it inside `with attn_hooks.editing(...)`.",
+    ),
+    "unknown-method": Entry(
+        EditError,
+        "There is no method named {name!r}. {suggestion}",
+        "A misspelt name, or a method of a package that is not installed.",
+        "`attn-hooks methods` lists the names.",
+    ),
+    "bad-parameters": Entry(
+        EditError,
+        "{method}: {detail}",
+        "A parameter is unknown, of the wrong type or out of its range.",
+        "The message names the parameter and what it may be; `attn-hooks methods --json` has the schemas.",
+    ),
+    "bad-edit": Entry(
+        EditError,
+        "An edit is a method's name, a config such as ACT(beta=0.4), a mapping with 'method', or the path of a recipe; "
+        "got {given}.",
+        "Something else was passed to wrap(), editing() or explain().",
+        "Pass one of the four.",
+    ),
+    "bad-recipe": Entry(
+        EditError,
+        "{path}: {detail}",
+        "The recipe does not exist, is not YAML, or has no list under `edits`.",
+        "Mend the file; recipes/ has examples.",
+    ),
+    "duplicate-method": Entry(
+        EditError,
+        "Two packages claim the method name {name!r}: {first} and {second}.",
+        "Entry points of the group attn_hooks.methods collide with each other or with a shipped method.",
+        "Uninstall one of them, or ask its author to rename.",
+    ),
+    "layer-out-of-range": Entry(
+        EditError,
+        "{method}: layer {layer} does not exist or has no editable attention in {model}; its layers are {layers}.",
+        "A layer index beyond the model, or a layer without causal attention (Mamba layers of hybrids).",
+        "Layers count from 0; `attn-hooks info MODEL` lists them.",
+    ),
+    "head-out-of-range": Entry(
+        EditError,
+        "{method}: head {head} does not exist in layer {layer} of {model}, which has query heads 0 to {last}.",
+        "Heads are query heads, counted from 0 over all ranks.",
+        "Choose a head that exists; `attn-hooks info MODEL` lists them.",
+    ),
+    "wrong-shape": Entry(
+        EditError,
+        "{method}: {parameter} has shape {given}, {model} needs {expected}.",
+        "A tensor of gains or offsets was made for another model.",
+        "Give it the shape in the message: layers, query heads, head_dim.",
+    ),
+    "no-layers": Entry(
+        EditError,
+        "{method}: no layer of {model} is selected ({detail}), so the edit would never act.",
+        "A default layer range that is empty on a very small model, or an empty list.",
+        "Pass `layers` explicitly.",
+    ),
+    "needs-image": Entry(
+        EditError,
+        "{method} needs image tokens, and {model} has none: it is a text model.",
+        "The method reads or writes the keys of an image.",
+        "Use a vision-language model, or a method without image tokens.",
+    ),
+    "cannot-compose": Entry(
+        EditError,
+        "{first} and {second} cannot stand together: {reason}.",
+        "Both claim the same thing and no order between them is defined.",
+        "Wrap with one of the two.",
+    ),
+    "phase": Entry(
+        EditError,
+        "{method} is not defined for {phase} (layer {layer} of {model}): {reason}",
+        "The method needs the whole prompt in one forward, or is defined for the prompt only.",
+        "The message says what to change.",
+    ),
+    "no-prefill": Entry(
+        EditError,
+        "{method} needs what it computed on the prompt, and this cache was filled without it (layer {layer} of "
+        "{model}). Wrap before the prefill.",
+        "The model was wrapped between prefill and decode, or the cache comes from another model.",
+        "Run the prompt under the edit, or pass a fresh cache.",
+    ),
+    "batch-changed": Entry(
+        EditError,
+        "{model}: the cache holds {cached} sequences and this call has {given}, so what the edits know of each sequence "
+        "cannot be matched to it.",
+        "Sequences were added to or taken out of a cache between two calls.",
+        "Start a fresh cache, or keep the batch as it is.",
+    ),
+    "packed-sequences": Entry(
+        UnsupportedArgumentError,
+        "{model}: several sequences are packed in one row (position_ids start again inside it), and the edits in force "
+        "count positions from one beginning.",
+        "A padding-free collator, or hand-made position_ids.",
+        "Pad the batch instead, or unwrap for this call.",
+    ),
+    "argument": Entry(
+        UnsupportedArgumentError,
+        "{model}, layer {layer}: the attention call carries {argument!r}, which cannot be honoured exactly together with "
+        "{methods}. {detail}",
+        "The engine honours masks, softcap, s_aux, sliding windows and dropout; anything else is refused, never dropped.",
+        "Unwrap for this call, or leave this layer out of the edit.",
+    ),
+    "cross-attention": Entry(
+        UnsupportedArgumentError,
+        "{model}, layer {layer}: this call is cross attention ({detail}), which {methods} does not edit.",
+        "A module that is causal self-attention at wrap time got keys of another sequence.",
+        "Leave this layer out of the edit.",
+    ),
+    "tensor-parallel": Entry(
+        UnsupportedModelError,
+        "{model}, layer {layer}: the call has {local} of {total} query heads and the shard cannot be told from the "
+        "weights of {module_class}, so head indices would hit the wrong heads.",
+        "A tensor-parallel plan other than a contiguous split of q_proj over heads.",
+        "Use a plan that shards q_proj by heads, or run on one device.",
+    ),
+    "context-parallel": Entry(
+        UnsupportedArgumentError,
+        "{model}: torch's context parallelism is active, each rank sees a part of the sequence only, and {methods} needs "
+        "whole rows.",
+        "The forward runs inside torch.distributed's context_parallel.",
+        "Use tensor parallelism, or unwrap.",
+    ),
+    "bad-saved-edits": Entry(
+        EditError,
+        "{path}: {detail}",
+        "edits.json is missing, from a newer format, or does not match its schema.",
+        "Save again with save_edits(), or update attn-hooks.",
+    ),
+    "spans-batch": Entry(
+        EditError,
+        "{method}: spans were given for {given} samples and the batch has {batch}.",
+        "Spans belong to prompts: one list of (start, stop) for each, or one list for all.",
+        "Pass as many lists as prompts; with beams, one list for each prompt is enough.",
+    ),
+    "span-not-found": Entry(
+        EditError,
+        "The text {substring!r} does not stand in the prompt.",
+        "find_spans() looks for the exact characters, spaces and case included.",
+        "Copy the substring from the prompt as it is.",
+    ),
+    "slow-tokenizer": Entry(
+        EditError,
+        "{tokenizer} gives no character offsets, which find_spans() needs.",
+        "A tokenizer without a fast (Rust) implementation.",
+        "Load the fast tokenizer, or give the spans as token positions.",
+    ),
+    "missing-data": Entry(
+        AttnHooksError,
+        "{what} is not part of this installation (looked in {path}).",
+        "A partial checkout or a wheel built without its data.",
+        "Reinstall attn-hooks, or run from a full checkout.",
+    ),
+}
+
+
+def error(code: str, **details: object) -> AttnHooksError:
+    """The error of a catalogue row, its message filled in; the caller raises it."""
+    entry = CATALOGUE[code]
+    return entry.kind(code, entry.message.format(**details))
+
+
+def catalogue_as_markdown() -> str:
+    """The text of docs/errors.md."""
+    lines = [
+        "# Errors",
+        "",
+        "Each error ends with its code in square brackets. All are `attn_hooks.AttnHooksError`, which is a `ValueError`.",
+        "This page is written by `python -m attn_hooks.errors > docs/errors.md`; a test holds it to the code.",
+        "",
+        "| code | message | cause | fix |",
+        "|---|---|---|---|",
+    ]
+    for code, entry in CATALOGUE.items():
+        cells = (cell.replace("|", "\\|") for cell in (f"`{code}`", entry.message, entry.cause, entry.fix))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(catalogue_as_markdown(), end="")

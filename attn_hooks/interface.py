@@ -1,0 +1,229 @@
+"""The functions registered with transformers: where every attention call of a wrapped model arrives.
+
+One name for each backend that a model may run on (``attn_hooks_sdpa``, ``attn_hooks_eager``): with no edit in force the
+call goes to that very backend, so the outputs are its own, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from attn_kernels import (
+    AttentionInputs,
+    HeadAffine,
+    Primitive,
+    edited_attention,
+    edited_weights,
+    head_affine,
+    moved_mass,
+)
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from attn_hooks.call import AttentionCall, Phase
+from attn_hooks.edit import STAGES, Edit
+from attn_hooks.errors import error
+from attn_hooks.model_info import HONOURED_BACKENDS, IMPLEMENTATION_PREFIX, LayerInfo, ModelInfo, eager_attention_of
+from attn_hooks.recorder import Recorder
+from attn_hooks.sequence import SequenceState, SequenceTracker
+from attn_hooks.tensor_parallel import local_heads
+
+PLAN_ATTRIBUTE = "attn_hooks_plan"
+
+# What a call may carry beside its tensors: honoured by the engine, or without influence on attention itself.
+HONOURED = {"dropout", "scaling", "is_causal", "sliding_window", "softcap", "s_aux", "output_attentions"}
+WITHOUT_INFLUENCE = {
+    "attention_interface",
+    "cache_position",
+    "num_items_in_batch",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_embeddings",
+    "position_ids",
+    "return_dict",
+    "use_cache",
+}
+_sdpa_at_import = functional.scaled_dot_product_attention
+
+
+@dataclass
+class LayerPlan:
+    """What is to happen in one layer; lies on the attention module itself, so that copies and engines carry it."""
+
+    key: str
+    model: ModelInfo
+    layer: LayerInfo
+    edits: tuple[tuple[int, Edit], ...]
+    tracker: SequenceTracker
+    recorder: Recorder
+
+
+def register() -> None:
+    """Makes the names known to transformers. Safe to call again."""
+    for backend in HONOURED_BACKENDS:
+        name = IMPLEMENTATION_PREFIX + backend
+        if name not in ALL_ATTENTION_FUNCTIONS:
+            AttentionInterface.register(name, _forward_for(backend))
+            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[backend])
+
+
+def _forward_for(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        unedited = eager_attention_of(module) if backend == "eager" else ALL_ATTENTION_FUNCTIONS[backend]
+        plan: LayerPlan | None = getattr(module, PLAN_ATTRIBUTE, None)
+        if plan is None:
+            return unedited(module, query, key, value, attention_mask, **kwargs)
+        return _edited(plan, unedited, module, query, key, value, attention_mask, kwargs)
+
+    return attention
+
+
+@torch.compiler.disable
+def _edited(
+    plan: LayerPlan,
+    unedited: Callable[..., Any],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    inputs, sequence = _read_call(plan, module, query, key, value, attention_mask, kwargs)
+    heads = local_heads(module, query, plan.layer.num_heads, plan.model.model_class, plan.layer.index)
+    primitives, owners = _collect(plan, inputs, sequence, heads)
+    weight_edits = [edit for edit in primitives if not isinstance(edit, HeadAffine)]
+    recomputed = _heads_recomputed(weight_edits, inputs)
+    weights = None
+    if len(recomputed) == inputs.num_heads:
+        output = edited_attention(inputs, weight_edits)
+    else:
+        output, weights = unedited(module, query, key, value, attention_mask, **kwargs)
+        output = output.transpose(1, 2)
+        if len(recomputed):
+            output = output.index_copy(1, recomputed, edited_attention(inputs, weight_edits, recomputed))
+    if len(recomputed):
+        wanted = kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False)
+        weights = edited_weights(inputs, weight_edits) if wanted else None
+    output = head_affine(output, primitives)
+    moved = moved_mass(inputs, primitives, recomputed) if len(recomputed) else [None] * len(primitives)
+    phase = _phase(sequence, inputs)
+    for owner, primitive, mass in zip(owners, primitives, moved, strict=True):
+        plan.recorder.record(owner, primitive, phase, plan.layer.index, heads, inputs, mass)
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def _collect(
+    plan: LayerPlan, inputs: AttentionInputs, sequence: SequenceState, heads: range
+) -> tuple[list[Primitive], list[int]]:
+    """The primitives of all edits of the layer and, beside each, which edit it belongs to."""
+    start = int(inputs.key_index[0])
+    valid = sequence.layout.valid
+    query_valid = valid[:, sequence.layout.length - inputs.num_queries :]
+    kinds = sequence.layout.kinds[:, start : start + inputs.num_keys]
+    kinds = functional.pad(kinds, (0, inputs.num_keys - kinds.shape[1]))
+    primitives: list[Primitive] = []
+    owners: list[int] = []
+    for position, edit in sorted(plan.edits, key=lambda pair: STAGES.index(pair[1].writes)):
+        call = AttentionCall(
+            inputs=inputs,
+            model=plan.model.model_class,
+            layer=plan.layer.index,
+            num_layers=plan.model.num_layers,
+            heads=heads,
+            phase=_phase(sequence, inputs),
+            layout=sequence.layout,
+            key_kinds=kinds,
+            query_valid=query_valid,
+            prompt_length=sequence.prompt_length,
+            state=sequence.of_method.setdefault((plan.key, position, plan.layer.index), {}),
+            earlier=list(primitives),
+        )
+        answered = edit.primitives(call)
+        primitives.extend(answered)
+        owners.extend([position] * len(answered))
+    return primitives, owners
+
+
+def _read_call(
+    plan: LayerPlan,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> tuple[AttentionInputs, SequenceState]:
+    """The call as the engine takes it. Raises for whatever cannot be honoured exactly."""
+    methods = " + ".join(edit.method for _, edit in plan.edits)
+    model, layer = plan.model.model_class, plan.layer.index
+
+    def refuse(argument: str, detail: str) -> Exception:
+        return error("argument", model=model, layer=layer, argument=argument, methods=methods, detail=detail)
+
+    for name, given in kwargs.items():
+        if name not in HONOURED | WITHOUT_INFLUENCE and given is not None and given is not False:
+            raise refuse(name, "The engine does not know what it means for the weights.")
+    if functional.scaled_dot_product_attention is not _sdpa_at_import:
+        raise error("context-parallel", model=model, methods=methods)
+    sequence = plan.tracker.current
+    if sequence is None or sequence.layout.kinds.shape[0] != query.shape[0]:
+        raise refuse("query", "It was called outside the forward of its decoder, so its tokens are unknown.")
+    num_queries, num_keys, total = query.shape[2], key.shape[2], sequence.layout.length
+    if num_queries > total or (attention_mask is None and num_keys < min(total, num_queries)):
+        raise error("cross-attention", model=model, layer=layer, methods=methods, detail=f"{num_keys} keys")
+    start = max(total - num_keys, 0)
+    key_index = start + torch.arange(num_keys, device=query.device)
+    query_index = total - num_queries + torch.arange(num_queries, device=query.device)
+    first_real = sequence.layout.first_real.to(query.device)
+    valid = sequence.layout.valid[:, start : start + num_keys].to(query.device)
+    mask, bias = None, None
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
+        attention_mask = attention_mask[..., :num_keys]
+        mask, bias = (attention_mask, None) if attention_mask.dtype == torch.bool else (None, attention_mask)
+    elif attention_mask is not None:
+        raise refuse("attention_mask", "Only 4-D masks are read.")
+    scaling = kwargs.get("scaling")
+    is_causal = kwargs.get("is_causal")
+    inputs = AttentionInputs(
+        query=query,
+        key=key,
+        value=value,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        query_index=query_index,
+        key_index=key_index,
+        query_position=query_index - first_real[:, None],
+        key_position=key_index - first_real[:, None],
+        key_valid=functional.pad(valid, (0, num_keys - valid.shape[1])),
+        mask=mask,
+        bias=bias,
+        causal=bool(getattr(module, "is_causal", True) if is_causal is None else is_causal),
+        window=kwargs.get("sliding_window"),
+        softcap=kwargs.get("softcap"),
+        sink_logits=kwargs.get("s_aux"),
+        dropout=float(kwargs.get("dropout") or 0.0),
+    )
+    return inputs, sequence
+
+
+def _phase(sequence: SequenceState, inputs: AttentionInputs) -> Phase:
+    if sequence.past == 0:
+        return "prefill"
+    return "decode" if sequence.layout.length - sequence.past == 1 else "chunk"
+
+
+def _heads_recomputed(edits: Sequence[Primitive], inputs: AttentionInputs) -> Tensor:
+    """``(h,)`` long: heads whose weights some primitive changes or reads; the rest stay on the model's backend."""
+    selected = torch.zeros(inputs.num_heads, dtype=torch.bool, device=inputs.query.device)
+    for edit in edits:
+        heads = getattr(edit, "heads", None)
+        selected |= True if heads is None else heads
+    return selected.nonzero().squeeze(-1)

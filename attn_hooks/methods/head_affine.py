@@ -1,0 +1,78 @@
+"""Gains and offsets on head outputs, given by the user.
+
+Source: the form shared by ITI (Li et al. 2023, arXiv 2306.03341, equation 2: an offset on head outputs) and LoFiT (Yin et
+al. 2024, arXiv 2406.01563: learned offsets), and by head scaling in general.
+
+    z[l, h] <- gain[l, h] * z[l, h] + offset[l, h]        on every row, before o_proj
+
+The identity is gain 1 and offset 0.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from attn_kernels import HeadAffine as HeadAffinePrimitive
+from attn_kernels import Primitive
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from attn_hooks.call import AttentionCall
+from attn_hooks.edit import Edit, Reads, Scope, TensorField, Writes
+from attn_hooks.errors import error
+from attn_hooks.model_info import ModelInfo
+
+
+class HeadAffine(Edit):
+    """gain: (layers, heads). offset: (layers, heads, head_dim). Either may be left out; rows are all layers' in order."""
+
+    method: ClassVar[str] = "head_affine"
+    source: ClassVar[str] = "ITI, arXiv 2306.03341, eq. 2; LoFiT, arXiv 2406.01563"
+    reads: ClassVar[frozenset[Reads]] = frozenset({"output"})
+    writes: ClassVar[Writes] = "output"
+    scope: ClassVar[Scope] = "per-token"
+    head_indexed: ClassVar[bool] = True
+    needs_lengths: ClassVar[bool] = False
+
+    gain: TensorField | None = Field(default=None, description="(layers, query heads); 1 changes nothing")
+    offset: TensorField | None = Field(default=None, description="(layers, query heads, head_dim); 0 changes nothing")
+
+    @model_validator(mode="after")
+    def _needs_one(self) -> HeadAffine:
+        if self.gain is None and self.offset is None:
+            raise ValueError("give gain, offset or both")
+        return self
+
+    def layers_in(self, model: ModelInfo) -> tuple[int, ...]:
+        return tuple(layer for layer in model.layer_indices if self.heads_in(model, layer))
+
+    def heads_in(self, model: ModelInfo, layer: int) -> tuple[int, ...]:
+        touched: set[int] = set()
+        if self.gain is not None and layer < len(self.gain):
+            touched.update((self.gain[layer] != 1).nonzero().flatten().tolist())
+        if self.offset is not None and layer < len(self.offset):
+            touched.update((self.offset[layer] != 0).any(-1).nonzero().flatten().tolist())
+        return tuple(sorted(touched))
+
+    def check(self, model: ModelInfo) -> None:
+        first = model.layers[0]
+        expected = (model.num_layers, first.num_heads, first.head_dim)
+        self._check_shape("gain", self.gain, expected[:2], model)
+        self._check_shape("offset", self.offset, expected, model)
+
+    def _check_shape(self, parameter: str, tensor: Tensor | None, expected: tuple[int, ...], model: ModelInfo) -> None:
+        if tensor is not None and tuple(tensor.shape) != expected:
+            raise error(
+                "wrong-shape",
+                method=self.method,
+                parameter=parameter,
+                given=tuple(tensor.shape),
+                model=model.model_class,
+                expected=expected,
+            )
+
+    def primitives(self, call: AttentionCall) -> list[Primitive]:
+        here = slice(call.heads.start, call.heads.stop)
+        gain = None if self.gain is None else self.gain[call.layer, here].to(call.device)
+        offset = None if self.offset is None else self.offset[call.layer, here].to(call.device)
+        return [HeadAffinePrimitive(gain=gain, offset=offset)]

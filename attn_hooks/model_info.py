@@ -1,0 +1,203 @@
+"""What can be edited in a model: its causal attention modules, their heads, and what stands in the way."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from attn_hooks.errors import AttnHooksError, error
+
+HONOURED_BACKENDS = ("sdpa", "eager")
+IMPLEMENTATION_PREFIX = "attn_hooks_"
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One layer's causal self-attention."""
+
+    index: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    sliding_window: int | None
+    softcap: float | None
+    sinks: bool
+    backend: str
+    module_name: str
+    module: nn.Module = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The editable part of a model."""
+
+    model_class: str
+    num_layers: int
+    layers: tuple[LayerInfo, ...]
+    image_token_id: int | None
+    bos_token_id: int | None
+    left_alone: dict[str, str] = field(default_factory=dict)
+
+    def layer(self, index: int) -> LayerInfo:
+        return next(layer for layer in self.layers if layer.index == index)
+
+    @property
+    def layer_indices(self) -> tuple[int, ...]:
+        return tuple(layer.index for layer in self.layers)
+
+    def refusals(self) -> dict[str, str]:
+        """Method name -> why it would be refused on this model with its default parameters.
+
+        Methods without defaults (they need heads, spans or tensors) are not refused here.
+        """
+        from attn_hooks.registry import methods
+
+        refused = {}
+        for name, method in methods().items():
+            try:
+                method().check(self)
+            except AttnHooksError as problem:
+                if problem.code != "bad-parameters":
+                    refused[name] = str(problem)
+        return refused
+
+
+def underlying_model(model: nn.Module) -> nn.Module:
+    """The model itself for what torch.compile returns."""
+    return getattr(model, "_orig_mod", model)
+
+
+def inspect_model(model: nn.Module) -> ModelInfo:
+    """Finds every causal self-attention that goes through transformers' AttentionInterface.
+
+    Raises ``UnsupportedModelError`` if there is none, if the weights are not loaded, or if the attention runs on a
+    backend whose calls cannot be read.
+    """
+    if not isinstance(model, nn.Module):
+        raise error("not-a-model", given=type(model).__name__)
+    model = underlying_model(model)
+    model_class = type(model).__name__
+    if any(parameter.is_meta for parameter in model.parameters()) and not _is_offloaded(model):
+        raise error("meta-device", model=model_class)
+    layers: dict[int, LayerInfo] = {}
+    left_alone: dict[str, str] = {}
+    for name, module in interface_modules(model):
+        reason = _why_left_alone(name, module)
+        if reason is not None:
+            left_alone[name] = reason
+            continue
+        layer = _layer_info(name, module, index=len(layers), model_class=model_class)
+        if layer.index in layers:
+            left_alone[name] = f"a second attention of layer {layer.index}"
+            continue
+        layers[layer.index] = layer
+    if not layers and not left_alone:
+        raise error("no-attention-interface", model=model_class, detail=_closest_attention(model))
+    if not layers:
+        detail = "; ".join(sorted(set(left_alone.values())))
+        raise error("no-causal-attention", model=model_class, detail=detail)
+    config: Any = getattr(model, "config", None)
+    text_config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    ordered = tuple(layers[index] for index in sorted(layers))
+    return ModelInfo(
+        model_class=model_class,
+        num_layers=_number(text_config, "num_hidden_layers") or ordered[-1].index + 1,
+        layers=ordered,
+        image_token_id=_first_number(config, "image_token_id", "image_token_index"),
+        bos_token_id=_first_number(text_config, "bos_token_id"),
+        left_alone=left_alone,
+    )
+
+
+def interface_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules whose forward hands its attention to ``ALL_ATTENTION_FUNCTIONS``."""
+    for name, module in model.named_modules():
+        if hasattr(module, "config") and _calls_interface(type(module)):
+            yield name, module
+
+
+def _calls_interface(module_class: type) -> bool:
+    return "ALL_ATTENTION_FUNCTIONS" in _forward_source(module_class)
+
+
+@cache
+def _forward_source(module_class: Any) -> str:
+    try:
+        return inspect.getsource(module_class.forward)
+    except (AttributeError, OSError, TypeError):
+        return ""
+
+
+def _why_left_alone(name: str, module: nn.Module) -> str | None:
+    last_part = name.rsplit(".", 1)[-1]
+    if getattr(module, "is_cross_attention", False) or re.search(
+        r"cross|encoder_attn|encdec", last_part, re.IGNORECASE
+    ):
+        return "cross attention"
+    if getattr(module, "is_causal", True) is False:
+        return "not causal"
+    return None
+
+
+def _layer_info(name: str, module: nn.Module, index: int, model_class: str) -> LayerInfo:
+    config = module.config
+    backend = config._attn_implementation
+    if isinstance(backend, str) and backend.startswith(IMPLEMENTATION_PREFIX):
+        backend = backend.removeprefix(IMPLEMENTATION_PREFIX)
+    if backend not in HONOURED_BACKENDS:
+        raise error("unsupported-backend", model=model_class, backend=backend)
+    if re.search(r"_attn_implementation (in|==) ", _forward_source(type(module))):
+        raise error("backend-branch", model=model_class, module_class=type(module).__name__)
+    num_heads = _first_number(module, "num_heads", "num_attention_heads") or _number(config, "num_attention_heads")
+    assert num_heads is not None, f"{type(module).__name__} names its heads nowhere"
+    group = _number(module, "num_key_value_groups")
+    num_kv_heads = num_heads // group if group else _first_number(config, "num_key_value_heads") or num_heads
+    head_dim = _first_number(module, "head_dim") or _number(config, "hidden_size") // num_heads  # type: ignore[operator]
+    layer_index = getattr(module, "layer_idx", None)
+    softcap = getattr(module, "attn_logit_softcapping", None)
+    return LayerInfo(
+        index=layer_index if isinstance(layer_index, int) else index,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        sliding_window=_first_number(module, "sliding_window"),
+        softcap=float(softcap) if softcap is not None else None,
+        sinks=getattr(module, "sinks", None) is not None,
+        backend=backend,
+        module_name=name,
+        module=module,
+    )
+
+
+def eager_attention_of(module: nn.Module) -> Any:
+    """The ``eager_attention_forward`` of the modeling file that defines the module's class."""
+    for module_class in type(module).__mro__:
+        function = getattr(sys.modules.get(module_class.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise error("unsupported-backend", model=type(module).__name__, backend="eager")
+
+
+def _closest_attention(model: nn.Module) -> str:
+    names = sorted({type(module).__name__ for module in model.modules() if "Attention" in type(module).__name__})
+    return f"It computes attention in {', '.join(names)}." if names else "It has no attention module."
+
+
+def _is_offloaded(model: nn.Module) -> bool:
+    return hasattr(model, "hf_device_map")
+
+
+def _number(owner: object, name: str) -> int | None:
+    value = getattr(owner, name, None)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _first_number(owner: object, *names: str) -> int | None:
+    return next((value for name in names if (value := _number(owner, name)) is not None), None)

@@ -1,0 +1,69 @@
+"""What each edit did while it was in force."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from attn_kernels import AttentionInputs, HeadAffine, Primitive, Tap
+from torch import Tensor
+
+from attn_hooks.call import Phase
+
+
+@dataclass
+class EditRecord:
+    """Counts of one edit. Sums stay on their device until somebody asks, so that recording never waits for a GPU."""
+
+    calls: Counter[Phase] = field(default_factory=Counter)
+    layers: set[int] = field(default_factory=set)
+    heads: set[tuple[int, int]] = field(default_factory=set)
+    rows: int = 0
+    moved: list[Tensor] = field(default_factory=list)
+
+    def mass_moved(self) -> float | None:
+        """Mean over calls of the share of a row's weight that went elsewhere; None if the edit moves no weight."""
+        return float(torch.stack([mass.cpu() for mass in self.moved]).mean()) if self.moved else None
+
+
+@dataclass
+class Recorder:
+    """One record for each edit, by its place in the list."""
+
+    records: dict[int, EditRecord] = field(default_factory=dict)
+
+    def record(
+        self,
+        position: int,
+        primitive: Primitive,
+        phase: Phase,
+        layer: int,
+        heads: range,
+        inputs: AttentionInputs,
+        moved: Tensor | None,
+    ) -> None:
+        """Adds one primitive of one call."""
+        if isinstance(primitive, Tap):
+            return
+        record = self.records.setdefault(position, EditRecord())
+        record.calls[phase] += 1
+        record.layers.add(layer)
+        record.rows += inputs.query.shape[0] * inputs.num_queries
+        record.heads.update((layer, heads.start + head) for head in _local_heads(primitive, len(heads)))
+        if moved is not None:
+            record.moved.append(moved.detach())
+
+
+def _local_heads(primitive: Primitive, num_heads: int) -> list[int]:
+    if isinstance(primitive, HeadAffine):
+        touched = torch.zeros(num_heads, dtype=torch.bool)
+        if primitive.replace is not None:
+            touched |= primitive.replace.cpu()
+        if primitive.gain is not None:
+            touched |= (primitive.gain != 1).reshape(-1, num_heads).any(0).cpu()
+        if primitive.offset is not None:
+            touched |= (primitive.offset != 0).any(-1).reshape(-1, num_heads).any(0).cpu()
+        return touched.nonzero().flatten().tolist()
+    selected = getattr(primitive, "heads", None)
+    return list(range(num_heads)) if selected is None else selected.nonzero().flatten().tolist()

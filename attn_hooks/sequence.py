@@ -1,0 +1,124 @@
+"""What is known of the sequences in flight: built by a hook on the decoder, kept on their cache."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from attn_hooks.errors import error
+from attn_hooks.layout import TokenLayout
+from attn_hooks.model_info import ModelInfo
+
+STATES_ATTRIBUTE = "attn_hooks_states"
+
+
+@dataclass
+class SequenceState:
+    """The memory of one batch of sequences, from its first forward on.
+
+    ``prompt_length`` is the padded length of the first forward, None if that ran unwrapped. ``of_method`` holds each
+    method's own tensors under (plan, edit, layer). All of it comes from the prompt, which beams of one sample share,
+    so reordering beams leaves it as it is.
+    """
+
+    layout: TokenLayout
+    prompt_length: int | None
+    past: int = 0
+    of_method: dict[tuple[str, int, int], dict[str, Any]] = field(default_factory=dict)
+
+
+class SequenceTracker:
+    """Follows a decoder's forwards, so that each attention call knows its tokens, padding and phase."""
+
+    def __init__(self, decoder: nn.Module, model: ModelInfo) -> None:
+        self.model = model
+        self.key = uuid4().hex
+        self.parameters = list(inspect.signature(decoder.forward).parameters)
+        self.current: SequenceState | None = None
+
+    def before_forward(self, _decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the decoder."""
+        given = dict(zip(self.parameters, args, strict=False)) | kwargs
+        cache = given.get("past_key_values")
+        past = _past_length(cache)
+        tokens = given.get("input_ids")
+        new = tokens if tokens is not None else given.get("inputs_embeds")
+        if new is None:
+            self.current = None
+            return
+        batch, length = new.shape[:2]
+        self._refuse_packed(given, past)
+        valid = _valid_tokens(given.get("attention_mask"), batch, past + length, new.device)
+        new_valid = torch.ones(batch, length, dtype=torch.bool, device=new.device)
+        new_layout = TokenLayout.of_tokens(tokens, new_valid, self.model.bos_token_id, self.model.image_token_id)
+        known: SequenceState | None = getattr(cache, STATES_ATTRIBUTE, {}).get(self.key) if past else None
+        if known is None:
+            earlier = TokenLayout(torch.full((batch, past), 2, dtype=torch.uint8, device=new.device))
+            state = SequenceState(earlier.extended(new_layout, past), prompt_length=None if past else length)
+        else:
+            state = known
+            if state.layout.kinds.shape[0] != batch:
+                cached = state.layout.kinds.shape[0]
+                raise error("batch-changed", model=self.model.model_class, cached=cached, given=batch)
+            state.layout = state.layout.extended(new_layout, past)
+        if valid is not None:
+            state.layout = state.layout.padded_as(valid)
+        state.past = past
+        self.current = state
+        self._remember(cache)
+
+    def after_forward(self, _decoder: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the decoder: the cache may have been made inside."""
+        candidates = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
+        for candidate in candidates:
+            if isinstance(candidate, Cache):
+                self._remember(candidate)
+
+    def _remember(self, cache: Any) -> None:
+        if isinstance(cache, Cache) and self.current is not None:
+            states = getattr(cache, STATES_ATTRIBUTE, None)
+            if states is None:
+                states = {}
+                setattr(cache, STATES_ATTRIBUTE, states)
+            states[self.key] = self.current
+
+    def _refuse_packed(self, given: dict[str, Any], past: int) -> None:
+        positions = given.get("position_ids")
+        if past or given.get("attention_mask") is not None or not isinstance(positions, Tensor) or positions.ndim != 2:
+            return
+        if bool((positions.diff(dim=-1) < 0).any()):
+            raise error("packed-sequences", model=self.model.model_class)
+
+
+def _past_length(cache: Any) -> int:
+    return int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+
+
+def _valid_tokens(mask: Any, batch: int, length: int, device: torch.device) -> Tensor | None:
+    """``(B, length)`` bool from whatever mask the decoder was given; None if it says nothing of padding.
+
+    generate() with a static cache hands over finished 4-D masks, one for each kind of layer; a token is real iff any
+    query may see it.
+    """
+    if isinstance(mask, dict):
+        masks = [entry for entry in mask.values() if isinstance(entry, Tensor)]
+        mask = max(masks, key=lambda entry: entry.shape[-1]) if masks else None
+    if not isinstance(mask, Tensor):
+        return None
+    mask = mask.to(device)
+    if mask.ndim == 2:
+        seen = mask.bool()
+    elif mask.ndim == 4 and mask.shape[2] > 1:
+        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        seen = allowed.any(1).any(1).expand(batch, -1)
+    else:
+        return None
+    if seen.shape[1] < length:
+        seen = torch.nn.functional.pad(seen, (0, length - seen.shape[1]))
+    return seen[:, :length]

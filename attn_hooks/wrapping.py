@@ -1,0 +1,201 @@
+"""Putting edits on a model and taking them off again."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from attn_hooks.edit import Edit
+from attn_hooks.errors import error
+from attn_hooks.interface import PLAN_ATTRIBUTE, LayerPlan, register
+from attn_hooks.model_info import IMPLEMENTATION_PREFIX, ModelInfo, inspect_model, underlying_model
+from attn_hooks.recorder import Recorder
+from attn_hooks.registry import resolve_edits
+from attn_hooks.sequence import SequenceTracker
+
+WRAPPING_ATTRIBUTE = "attn_hooks_wrapping"
+
+
+class EditNeverActedWarning(UserWarning):
+    """An edit's scope closed and not one attention call had been edited by it."""
+
+
+@dataclass
+class Wrapping:
+    """The edits in force on one model, and what is needed to leave no trace of them.
+
+    The model's own config is never touched: each attention module gets a private copy of its config that names our
+    attention function, and its own config back at the end.
+    """
+
+    edits: tuple[Edit, ...]
+    info: ModelInfo
+    key: str = field(default_factory=lambda: uuid4().hex)
+    recorder: Recorder = field(default_factory=Recorder)
+    trackers: dict[str, SequenceTracker] = field(default_factory=dict)
+    own_configs: dict[str, Any] = field(default_factory=dict)
+    hooked: dict[str, tuple[RemovableHandle, RemovableHandle]] = field(default_factory=dict)
+
+    def install(self, model: nn.Module) -> None:
+        register()
+        private_configs: dict[int, Any] = {}
+        for layer in self.info.layers:
+            own = layer.module.config
+            if id(own) not in private_configs:
+                private_configs[id(own)] = copy.copy(own)
+                private_configs[id(own)]._attn_implementation_internal = IMPLEMENTATION_PREFIX + layer.backend
+            self.own_configs[layer.module_name] = own
+            layer.module.config = private_configs[id(own)]
+            edits = self.edits_of_layer(layer.index)
+            if edits:
+                tracker = self._tracker_of(model, layer.module_name)
+                plan = LayerPlan(self.key, self.info, layer, edits, tracker, self.recorder)
+                setattr(layer.module, PLAN_ATTRIBUTE, plan)
+        setattr(model, WRAPPING_ATTRIBUTE, self)
+
+    def remove(self, model: nn.Module) -> None:
+        for layer in self.info.layers:
+            if layer.module_name in self.own_configs:
+                layer.module.config = self.own_configs[layer.module_name]
+            if hasattr(layer.module, PLAN_ATTRIBUTE):
+                delattr(layer.module, PLAN_ATTRIBUTE)
+        for before, after in self.hooked.values():
+            before.remove()
+            after.remove()
+        self.own_configs, self.hooked = {}, {}
+        delattr(model, WRAPPING_ATTRIBUTE)
+
+    def edits_of_layer(self, layer: int) -> tuple[tuple[int, Edit], ...]:
+        """Edits that act in a layer, each with its place in the list."""
+        return tuple((place, edit) for place, edit in enumerate(self.edits) if layer in edit.layers_in(self.info))
+
+    def warn_of_idle_edits(self) -> None:
+        for place, edit in enumerate(self.edits):
+            if place not in self.recorder.records:
+                message = f"{edit} never acted on {self.info.model_class}: no attention call reached it in its scope."
+                warnings.warn(message, EditNeverActedWarning, stacklevel=4)
+
+    def _tracker_of(self, model: nn.Module, module_name: str) -> SequenceTracker:
+        """The tracker of the innermost transformers model around an attention module."""
+        name, decoder = _decoder_of(model, module_name)
+        if name not in self.trackers:
+            self.trackers[name] = SequenceTracker(decoder, self.info)
+        if name not in self.hooked:
+            tracker = self.trackers[name]
+            self.hooked[name] = (
+                decoder.register_forward_pre_hook(tracker.before_forward, with_kwargs=True),
+                decoder.register_forward_hook(tracker.after_forward),
+            )
+        return self.trackers[name]
+
+
+def _decoder_of(model: nn.Module, module_name: str) -> tuple[str, nn.Module]:
+    name = module_name
+    while name:
+        name = name.rpartition(".")[0]
+        ancestor = model.get_submodule(name)
+        if isinstance(ancestor, PreTrainedModel):
+            return name, ancestor
+    return "", model
+
+
+def wrap(model: nn.Module, *edits: object) -> nn.Module:
+    """Puts edits in force on ``model`` and returns the same object. Wrapping again replaces the edits before.
+
+    An edit is a method's name (``"act"``), a config (``ACT(beta=0.4)``), a mapping ``{"method": "act", "beta": 0.4}`` or
+    the path of a recipe (its ``edits``). Methods act in the fixed order of the primitives, and in list order where two
+    write the same thing. Everything is checked before the model is touched: a wrap that raises leaves it as it was.
+
+    Raises ``UnsupportedModelError`` or ``EditError`` (both ``ValueError``); docs/errors.md lists the messages.
+    """
+    resolved = resolve_edits(edits)
+    wrapping = _checked(model, resolved)
+    target = underlying_model(model)
+    before = _wrapping_of(target)
+    if before is not None:
+        before.remove(target)
+        before.warn_of_idle_edits()
+    wrapping.install(target)
+    return model
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Takes all edits off and returns the same object: weights, config, hooks and outputs are what they were.
+
+    A model that is not wrapped is returned as it is. Warns of edits that never acted.
+    """
+    target = underlying_model(model)
+    wrapping = _wrapping_of(target)
+    if wrapping is not None:
+        wrapping.remove(target)
+        wrapping.warn_of_idle_edits()
+    return model
+
+
+@contextmanager
+def editing(model: nn.Module, *edits: object) -> Iterator[nn.Module]:
+    """Adds edits for the length of a ``with`` block, on top of those in force, and restores on any exit.
+
+    ``report(model)`` inside the block tells what they did. Warns of edits that never acted.
+    """
+    target = underlying_model(model)
+    before = _wrapping_of(target)
+    wrapping = _checked(model, (*(before.edits if before else ()), *resolve_edits(edits)))
+    if before is not None:
+        before.remove(target)
+    wrapping.install(target)
+    try:
+        yield model
+    finally:
+        # The block may have called wrap() or unwrap() itself; whatever is in force ends here.
+        inside = _wrapping_of(target)
+        if inside is not None:
+            inside.remove(target)
+        if before is not None:
+            before.install(target)
+    wrapping.warn_of_idle_edits()
+
+
+def edits_in_force(model: nn.Module) -> tuple[Edit, ...]:
+    """The edits in force on ``model``, in list order; empty if it is not wrapped."""
+    wrapping = _wrapping_of(underlying_model(model))
+    return wrapping.edits if wrapping is not None else ()
+
+
+def wrapping_of(model: nn.Module, what: str) -> Wrapping:
+    """The wrapping in force; raises if there is none. ``what`` completes "there is nothing to ..."."""
+    wrapping = _wrapping_of(underlying_model(model))
+    if wrapping is None:
+        raise error("not-wrapped", model=type(model).__name__, what=what)
+    return wrapping
+
+
+def _wrapping_of(model: nn.Module) -> Wrapping | None:
+    return getattr(model, WRAPPING_ATTRIBUTE, None)
+
+
+def _checked(model: nn.Module, edits: tuple[Edit, ...]) -> Wrapping:
+    info = inspect_model(model)
+    for edit in edits:
+        edit.check(info)
+    check_composition(edits, info)
+    return Wrapping(edits, info)
+
+
+def check_composition(edits: tuple[Edit, ...], info: ModelInfo) -> None:
+    """Raises ``EditError`` naming two edits that cannot stand together in some layer."""
+    for place, first in enumerate(edits):
+        for second in edits[place + 1 :]:
+            shared = set(first.layers_in(info)) & set(second.layers_in(info))
+            if first.writes == second.writes == "visibility" and shared:
+                reason = f"both choose which keys are visited, in layer {min(shared)}"
+                raise error("cannot-compose", first=first.method, second=second.method, reason=reason)

@@ -1,0 +1,1 @@
+"""Attention with edits: ``reference`` is the specification, ``blocked`` the PyTorch path that never holds N x M."""

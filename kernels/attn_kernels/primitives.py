@@ -1,0 +1,132 @@
+"""The primitives that an edit is made of, as plain tensors for one attention call.
+
+Order of application, fixed: scale, softcap, LogitMap, Order and Sparsity, softmax, Regroup, HeadAffine. Primitives of
+one kind apply in list order.
+
+Shapes: B batch, H query heads, N queries, M keys, D head_dim of the value. A dimension written ``B|1`` may be 1 and is
+then broadcast. A key group is a bool tensor ``(B|1, H|1, M)``; a row scope is a bool tensor ``(B|1, N)``; a head
+selection is a bool tensor ``(H,)``. ``None`` means all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from attn_kernels.patterns import Pattern
+
+
+@dataclass(frozen=True)
+class LogitMap:
+    """Before softmax, on the keys of a group: ``s <- scale * s + absolute * |s| + bias``. Identity: 1, 0, 0.
+
+    Coefficients are floats or tensors ``(H,)``. A bias of minus infinity removes the keys.
+    """
+
+    keys: Tensor
+    scale: float | Tensor = 1.0
+    absolute: float | Tensor = 0.0
+    bias: float | Tensor = 0.0
+    heads: Tensor | None = None
+    rows: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Order:
+    """Who may see whom. Identity: causal by index, no pairs.
+
+    With values given, a query sees a key iff ``key_value <= query_value``, in place of the causal test by index. Then
+    each pair ``(rows, keys)`` of ``allow`` is added and each of ``deny`` taken away; padding stays invisible.
+    """
+
+    query_value: Tensor | None = None  # (B|1, N)
+    key_value: Tensor | None = None  # (B|1, M)
+    allow: tuple[tuple[Tensor, Tensor], ...] = ()  # of (B|1, N) and (B|1, M)
+    deny: tuple[tuple[Tensor, Tensor], ...] = ()
+    heads: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.query_value is None) != (self.key_value is None):
+            raise ValueError("Order needs query_value and key_value together, or neither")
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """A query visits only the keys that the pattern shows, out of those it may see. Identity: no Sparsity."""
+
+    pattern: Pattern
+    heads: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Lets a Regroup act on a row: ``mass(of) >= at_least`` and ``mass(share) <= at_most * mass(of)``."""
+
+    of: Tensor
+    at_least: float = 0.0
+    share: Tensor | None = None
+    at_most: float = 1.0
+
+
+@dataclass(frozen=True)
+class Regroup:
+    """After softmax, keys of ``source`` keep the factor ``keep`` of their weight; the freed mass goes to ``target``.
+
+    The target's keys receive it in proportion to their weight; ``None`` means every key outside the source. Keys in
+    both groups count as source. Row sums do not change. A row whose target has no mass, or whose gate is shut, is left
+    as it is. Identity: keep 1.
+    """
+
+    source: Tensor
+    keep: float | Tensor
+    target: Tensor | None = None
+    gate: Gate | None = None
+    heads: Tensor | None = None
+    rows: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class HeadAffine:
+    """On a head's output, before o_proj: ``z <- gain * z + offset``. Identity: 1, 0.
+
+    ``replace`` ``(H,)`` drops the head's own output first, so that only the offset remains.
+    """
+
+    gain: Tensor | None = None  # (H,) or (B, H)
+    offset: Tensor | None = None  # (H, D) or (B, H, D)
+    replace: Tensor | None = None
+    rows: Tensor | None = None
+
+
+TapKind = Literal["log_sum_exp", "group_mass", "column_sum", "column_mean", "row_weights", "entropy"]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Reads the final weights (after Regroup) as a reduction that needs no N x M memory, and edits nothing.
+
+    ``receive`` gets one tensor for the heads selected, h of them, in float32:
+
+    - ``log_sum_exp``: ``(B, h, N)`` of the edited logits, natural log.
+    - ``group_mass``: ``(B, h, N)``, the weight on ``keys``.
+    - ``column_sum``: ``(B, h, M)``, the weight that each key receives, summed over the rows of ``rows``.
+    - ``column_mean``: ``(B, h, M)``, that sum over the number of those rows that may see the key; 0 where none may.
+    - ``row_weights``: ``(B, h, M)``, the weights of the last query.
+    - ``entropy``: ``(B, h, N)``, in nats.
+    """
+
+    kind: TapKind
+    receive: Callable[[Tensor], None]
+    keys: Tensor | None = None
+    heads: Tensor | None = None
+    rows: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind == "group_mass" and self.keys is None:
+            raise ValueError("a group_mass Tap needs keys")
+
+
+Primitive = LogitMap | Order | Sparsity | Regroup | HeadAffine | Tap
