@@ -1,0 +1,250 @@
+"""A recipe: the YAML file that says which model, which edits, which tasks, and what a paper reports.
+
+Every mistake in it ends in one line that names the key and the nearest one that exists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+
+from attn_eval.errors import EvaluationError, nearest
+from attn_eval.tasks import TaskSettings, build_task, task_class
+
+
+class GenerationSettings(BaseModel):
+    """How answers are written.
+
+    Attributes:
+        do_sample: False is greedy decoding, RULER's setting.
+        temperature, top_p, top_k: for sampling only.
+        chat_template: put each prompt into the tokenizer's chat template, the answer prefix behind the opening of
+            the assistant's turn.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    do_sample: bool = False
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: PositiveInt | None = None
+    chat_template: bool = False
+
+    @model_validator(mode="after")
+    def _sampling_options_need_sampling(self) -> Self:
+        given = [name for name in ("temperature", "top_p", "top_k") if getattr(self, name) is not None]
+        if given and not self.do_sample:
+            raise ValueError(f"{', '.join(given)} has no effect without do_sample: true")
+        return self
+
+
+class PublishedFigure(BaseModel):
+    """A figure that a paper reports, to stand beside ours.
+
+    Attributes:
+        metric: what was measured, with task and length.
+        value: in the paper's own unit.
+        source: paper, table or section.
+        note: what differs from our measurement.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    metric: str
+    value: float | str
+    source: str
+    note: str = ""
+
+
+class Recipe(BaseModel):
+    """A whole evaluation.
+
+    Attributes:
+        name: of the results; letters, digits, ``-``, ``_``, ``.`` and ``/``.
+        description: what it shows.
+        model: a folder, a model id of the Hugging Face hub, or ``testbed-lm`` (shipped).
+        dtype: of the weights; ``auto`` takes that of the checkpoint.
+        device: ``auto`` takes a GPU if there is one.
+        edits: each ``{method: NAME, parameter: value, ...}``, see ``attn-hooks methods``. Empty: the baseline alone.
+        tasks: each ``{task: NAME, lengths: [...], ...}``.
+        generation: how answers are written.
+        seed: of the data, the sampling and the bootstrap.
+        batch_size: prompts at a time, left-padded.
+        published: figures of papers, or ``none`` where there is none for this model and method.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*$")]
+    description: str = ""
+    model: Annotated[str, Field(min_length=1)]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    edits: tuple[dict[str, Any], ...] = ()
+    tasks: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
+    generation: GenerationSettings = GenerationSettings()
+    seed: int = 42
+    batch_size: PositiveInt = 1
+    published: Literal["none"] | tuple[PublishedFigure, ...] = "none"
+
+    @field_validator("edits")
+    @classmethod
+    def _edits_have_methods(cls, edits: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        for index, edit in enumerate(edits):
+            if not isinstance(edit.get("method"), str):
+                raise ValueError(f"edit {index} names no method; write '- method: act', see 'attn-hooks methods'")
+        return edits
+
+    @field_validator("tasks")
+    @classmethod
+    def _tasks_are_known(cls, tasks: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        built = []
+        for entry in tasks:
+            try:
+                built.append(build_task(entry))
+            except ValidationError as error:
+                owner = f"task {entry['task']!r}"
+                raise ValueError(_explain(error, task_class(entry["task"]), owner)) from error
+        names = [task.name for task in built]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two tasks are called {name!r}: give each a label of its own")
+        return tasks
+
+    def build_tasks(self, limit: int | None = None) -> list[TaskSettings]:
+        """The tasks, each with at most ``limit`` samples."""
+        tasks = [build_task(entry) for entry in self.tasks]
+        if limit is None:
+            return tasks
+        return [task.model_copy(update={"samples": min(task.samples, limit)}) for task in tasks]
+
+    def fingerprint(self) -> str:
+        """The sha256 of everything that can change a result: all but name, description and published figures."""
+        relevant = self.model_dump(mode="json", exclude={"name", "description", "published"})
+        return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
+
+
+def find_recipe(recipe: str, shipped: Path) -> Path:
+    """The file of a recipe: a path, or the name of a shipped one such as ``testbed-lm/streaming``.
+
+    Raises:
+        EvaluationError: neither is there; the message names the nearest shipped recipes.
+    """
+    given = Path(recipe).expanduser()
+    shipped_name = recipe.removeprefix("recipes/").removesuffix(".yaml")
+    for candidate in (given, shipped / f"{shipped_name}.yaml"):
+        if candidate.is_file():
+            return candidate
+    names = [str(path.relative_to(shipped).with_suffix("")) for path in shipped.glob("**/*.yaml")]
+    raise EvaluationError(
+        f"no recipe {recipe!r}, neither as a file nor as a shipped one; {nearest(shipped_name, names)}"
+    )
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: ``key=value`` each; the key dotted (``generation.do_sample``, ``tasks.0.samples``, or
+            ``tasks.niah_single_1.samples`` by the task's label, ``edits.act.beta`` by the method), the value YAML.
+
+    Raises:
+        EvaluationError: whatever is wrong, in one line.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"the recipe {path} can't be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise EvaluationError(f"the recipe {path} is no valid YAML: {_one_line(str(error))}") from error
+    if not isinstance(loaded, dict):
+        raise EvaluationError(f"the recipe {path} must be a table of keys (model, edits, tasks, ...)")
+    for override in overrides:
+        _apply(loaded, override)
+    try:
+        return Recipe.model_validate(loaded)
+    except ValidationError as error:
+        raise EvaluationError(f"the recipe {path}: {_explain(error, Recipe)}") from error
+
+
+def _apply(recipe: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise EvaluationError(f"--set {override!r} is not of the form key=value, e.g. --set batch_size=4")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise EvaluationError(f"--set {key}: the value {value!r} is no valid YAML: {_one_line(str(error))}") from error
+    *parents, last = key.split(".")
+    first = key.split(".")[0]
+    if first not in Recipe.model_fields:
+        raise EvaluationError(f"--set {key}: a recipe has no key {first!r}; {nearest(first, Recipe.model_fields)}")
+    if first == "generation":
+        recipe.setdefault(first, {})
+    owner: Any = recipe
+    for part in parents:
+        owner = _step(owner, part, key)
+    if isinstance(owner, list):
+        owner[_index(owner, last, key)] = parsed
+    elif isinstance(owner, dict):
+        owner[last] = parsed
+    else:
+        raise EvaluationError(f"--set {key}: {'.'.join(parents)} is a value and has no key {last!r}")
+
+
+def _step(owner: Any, part: str, key: str) -> Any:
+    if isinstance(owner, list):
+        return owner[_index(owner, part, key)]
+    if isinstance(owner, dict):
+        if part not in owner:
+            raise EvaluationError(f"--set {key}: nothing called {part!r} there; {nearest(part, map(str, owner))}")
+        return owner[part]
+    raise EvaluationError(f"--set {key}: {part!r} can't be looked up in a plain value")
+
+
+def _index(entries: list[Any], part: str, key: str) -> int:
+    names = [str(entry.get("label") or entry.get("task") or entry.get("method")) for entry in entries]
+    if part in names:
+        return names.index(part)
+    if part.isdecimal() and int(part) < len(entries):
+        return int(part)
+    allowed = [*names, *map(str, range(len(entries)))]
+    raise EvaluationError(f"--set {key}: no entry {part!r} there; {nearest(part, allowed)}")
+
+
+def _explain(error: ValidationError, model: type[BaseModel], owner: str = "") -> str:
+    """All the faults that pydantic found, in one line, with the nearest allowed key for an unknown one."""
+    faults = []
+    for fault in error.errors():
+        location = [str(part) for part in fault["loc"]]
+        where = ".".join(location) or "it"
+        if fault["type"] == "extra_forbidden":
+            allowed = _allowed_keys(model, location[:-1])
+            faults.append(f"no key {where!r}; {nearest(location[-1], allowed)}")
+        elif fault["type"] == "missing":
+            faults.append(f"the key {where!r} is missing")
+        elif fault["type"] == "value_error":
+            faults.append(str(fault["ctx"]["error"]))
+        else:
+            faults.append(f"{where}: {fault['msg'].lower()}, given {fault['input']!r}")
+    text = _one_line("; ".join(dict.fromkeys(faults)))
+    return f"{owner}: {text}" if owner else text
+
+
+def _allowed_keys(model: type[BaseModel], parents: Sequence[str]) -> list[str]:
+    """The keys of the model that the location's last parent stands for."""
+    owners: Mapping[str, type[BaseModel]] = {"generation": GenerationSettings, "published": PublishedFigure}
+    if model is Recipe and parents:
+        return list(owners[parents[0]].model_fields)
+    return list(model.model_fields)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

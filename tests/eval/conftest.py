@@ -1,0 +1,64 @@
+"""A tokenizer with one token a byte, a text, and a tiny random model: nothing is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte, so that the length of a prompt in tokens can be read off its text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([PAD, BOS, EOS, *alphabet])}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=BOS, eos_token=EOS, pad_token=PAD)
+
+
+@pytest.fixture(scope="session")
+def haystack_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Sixty plain sentences, with a number and an abbreviation that must not be torn apart."""
+    people = ("the miller", "a sailor", "her uncle", "the old clerk")
+    deeds = ("opened the gate", "counted 3.14 loaves", "walked to the harbour", "asked for Dr Finch", "slept")
+    times = ("at dawn", "before the rain", "on the last day")
+    sentences = [f"{p.capitalize()} {d} {t}." for p in people for d in deeds for t in times]
+    path = tmp_path_factory.mktemp("haystack") / "village.txt"
+    path.write_text("\n".join(sentences), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def model(tokenizer: PreTrainedTokenizerFast) -> Any:
+    """A Llama of two layers with random weights and the byte tokenizer's vocabulary."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def model_folder(model: Any, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model and its tokenizer, saved as a checkpoint."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
