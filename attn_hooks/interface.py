@@ -41,6 +41,7 @@ HONOURED = {"dropout", "scaling", "is_causal", "sliding_window", "softcap", "s_a
 WITHOUT_INFLUENCE = {
     "attention_interface",
     "cache_position",
+    "logits_to_keep",
     "num_items_in_batch",
     "output_hidden_states",
     "output_router_logits",
@@ -98,6 +99,7 @@ def _edited(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     inputs, sequence = _read_call(plan, module, query, key, value, attention_mask, kwargs)
+    sequence.calls[plan.layer.index] += 1
     heads = local_heads(module, query, plan.layer.num_heads, plan.model.model_class, plan.layer.index)
     primitives, owners = _collect(plan, inputs, sequence, heads)
     weight_edits = [edit for edit in primitives if not isinstance(edit, HeadAffine)]
@@ -144,7 +146,7 @@ def _collect(
             key_kinds=kinds,
             query_valid=query_valid,
             prompt_length=sequence.prompt_length,
-            state=sequence.of_method.setdefault((plan.key, position, plan.layer.index), {}),
+            state=sequence.state_of((plan.key, position, plan.layer.index)),
             earlier=list(primitives),
         )
         answered = edit.primitives(call)
@@ -180,6 +182,8 @@ def _read_call(
     num_queries, num_keys, total = query.shape[2], key.shape[2], sequence.layout.length
     if num_queries > total or (attention_mask is None and num_keys < min(total, num_queries)):
         raise error("cross-attention", model=model, layer=layer, methods=methods, detail=f"{num_keys} keys")
+    if num_keys > total and not sequence.preallocated:
+        raise refuse("key", f"It has {num_keys} keys for {total} tokens, so positions cannot be told.")
     start = max(total - num_keys, 0)
     key_index = start + torch.arange(num_keys, device=query.device)
     query_index = total - num_queries + torch.arange(num_queries, device=query.device)

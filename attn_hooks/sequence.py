@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -22,15 +23,22 @@ STATES_ATTRIBUTE = "attn_hooks_states"
 class SequenceState:
     """The memory of one batch of sequences, from its first forward on.
 
-    ``prompt_length`` is the padded length of the first forward, None if that ran unwrapped. ``of_method`` holds each
-    method's own tensors under (plan, edit, layer). All of it comes from the prompt, which beams of one sample share,
+    ``prompt_length`` is the padded length of the first forward, None if that ran unwrapped. ``preallocated`` caches are
+    longer than the tokens in them. ``calls`` counts each layer's calls in the current forward. All of it comes from the prompt, which beams of one sample share,
     so reordering beams leaves it as it is.
     """
 
     layout: TokenLayout
     prompt_length: int | None
     past: int = 0
-    of_method: dict[tuple[str, int, int], dict[str, Any]] = field(default_factory=dict)
+    preallocated: bool = False
+    calls: Counter[int] = field(default_factory=Counter)
+    of_method: dict[tuple[object, ...], dict[str, Any]] = field(default_factory=dict)
+
+    def state_of(self, owner: tuple[str, int, int]) -> dict[str, Any]:
+        """The memory of one edit in one layer: ``(plan, edit, layer)``. A layer that runs several times a forward (recurrent
+        depth, differential attention) has one for each time."""
+        return self.of_method.setdefault((*owner, self.calls[owner[2]]), {})
 
 
 class SequenceTracker:
@@ -70,6 +78,8 @@ class SequenceTracker:
         if valid is not None:
             state.layout = state.layout.padded_as(valid)
         state.past = past
+        state.preallocated = isinstance(cache, Cache) and cache.is_compileable
+        state.calls.clear()
         self.current = state
         self._remember(cache)
 
