@@ -23,7 +23,8 @@ from attn_kernels.patterns import Pattern
 class LogitMap:
     """Before softmax, on the keys of a group: ``s <- scale * s + absolute * |s| + bias``. Identity: 1, 0, 0.
 
-    Coefficients are floats or tensors ``(H,)``. A bias of minus infinity removes the keys.
+    Coefficients are floats or tensors ``(H,)``. A bias of minus infinity removes the keys
+    for good: a later map does not bring them back.
     """
 
     keys: Tensor

@@ -205,14 +205,17 @@ class _Block:
         if inputs.softcap is not None:
             logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
         if inputs.bias is not None:
-            bias = self.columns_of(inputs.bias[:, :, self.rows]).to(compute)
-            logits = logits + torch.where(self.visible, bias, 0.0)
+            bias = self.columns_of(inputs.bias[:, :, self.rows])
+            # Entries that hide a key hide it by visibility; an Order may show it again, without their value.
+            shown = bias > torch.finfo(bias.dtype).min / 2
+            logits = logits + torch.where(shown, bias, 0.0).to(compute)
         for edit in self.edits:
             if isinstance(edit, LogitMap):
                 scale, absolute, bias = (self._per_head(c) for c in (edit.scale, edit.absolute, edit.bias))
                 mapped = scale * logits + absolute * logits.abs() + bias
                 scope = self._scope(edit.heads, edit.rows)
-                group = self._group(edit.keys)
+                # A removed key stays removed; the map would make it NaN.
+                group = self._group(edit.keys) & ~torch.isneginf(logits)
                 logits = torch.where(group if scope is None else group & scope, mapped, logits)
         return torch.where(self.visible, logits, float("-inf"))
 

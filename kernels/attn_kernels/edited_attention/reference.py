@@ -50,7 +50,7 @@ def _logits(
         if isinstance(edit, LogitMap) and _in_scope(edit.heads, edit.rows, b, h, i):
             scale, absolute, bias = (_pick_head(c, h) for c in (edit.scale, edit.absolute, edit.bias))
             mapped = scale * logits + absolute * logits.abs() + bias
-            logits = torch.where(_at(edit.keys, b, h), mapped, logits)
+            logits = torch.where(_at(edit.keys, b, h) & ~torch.isneginf(logits), mapped, logits)
     return logits
 
 
