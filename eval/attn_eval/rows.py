@@ -42,7 +42,7 @@ class Row:
 
     def to_json(self) -> str:
         """One line of JSON with sorted keys: the form that is hashed and stored."""
-        return json.dumps(asdict(self), sort_keys=True, ensure_ascii=False)
+        return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, line: str) -> Row:

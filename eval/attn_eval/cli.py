@@ -1,0 +1,299 @@
+"""The command line ``attn-hooks``: which methods there are, what they can do to a model, and what that does.
+
+Every mistake of a user's ends in one line on the standard error output and exit code 2.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from attn_eval.errors import EvaluationError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="attn-hooks",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help=(
+        "Edit the attention of pretrained models and measure what that does.\n\n"
+        "[bold]A first run[/bold], on the small model that is shipped, on a CPU:\n\n"
+        "  attn-hooks methods\n\n"
+        "  attn-hooks info testbed-lm\n\n"
+        "  attn-hooks run testbed-lm/demo -o results/demo\n\n"
+        "  attn-hooks run testbed-lm/demo -o results/narrow --set edits.streaming.window=128\n\n"
+        "  attn-hooks compare results/demo results/narrow"
+    ),
+)
+
+
+@app.command()
+def methods(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Everything about each method, its parameters' JSON schema included.")
+    ] = False,
+) -> None:
+    """List the methods that a recipe's [bold]edits[/bold] (and attn_hooks.wrap) can name, with their parameters."""
+    import attn_hooks
+
+    known = attn_hooks.methods()
+    if as_json:
+        print(json.dumps({name: _describe(method) for name, method in known.items()}, indent=2))
+        return
+    table = Table(title="methods", show_lines=True)
+    for column in ("method", "what it does", "parameters [default]", "source"):
+        table.add_column(column)
+    for name, method in known.items():
+        described = _describe(method)
+        parameters = "\n".join(
+            f"{parameter} [{json.dumps(about['default']) if 'default' in about else 'required'}]"
+            for parameter, about in described["parameters"]["properties"].items()
+        )
+        table.add_row(name, escape(described["summary"]), escape(parameters), escape(described["source"]))
+    _out().print(table)
+    _out().print(
+        "In a recipe: [bold]edits: \\[{method: act, beta: 0.4}][/bold]. In Python: attn_hooks.wrap(model, 'act')."
+    )
+
+
+@app.command()
+def info(
+    model: Annotated[
+        str, typer.Argument(help="A folder, a model id of the hub, or testbed-lm. No weights are needed.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
+) -> None:
+    """Show what can be edited in a model: layers, heads, image tokens, and which methods would be refused and why."""
+    import attn_hooks
+    from attn_eval.loading import model_skeleton
+
+    found = attn_hooks.inspect_model(model_skeleton(model))
+    refusals = found.refusals()
+    layers = [
+        {
+            "layer": layer.index,
+            "num_heads": layer.num_heads,
+            "num_kv_heads": layer.num_kv_heads,
+            "head_dim": layer.head_dim,
+            "sliding_window": layer.sliding_window,
+            "softcap": layer.softcap,
+            "sinks": layer.sinks,
+        }
+        for layer in found.layers
+    ]
+    accepted = [name for name in attn_hooks.methods() if name not in refusals]
+    if as_json:
+        described = {
+            "model": model,
+            "class": found.model_class,
+            "num_layers": found.num_layers,
+            "image_token_id": found.image_token_id,
+            "layers": layers,
+            "accepted": accepted,
+            "refused": refusals,
+        }
+        print(json.dumps(described, indent=2))
+        return
+    console = _out()
+    image = "none" if found.image_token_id is None else f"token id {found.image_token_id}"
+    console.print(
+        f"[bold]{escape(model)}[/bold]: {found.model_class}, {found.num_layers} layers, {len(found.layers)} of them can "
+        f"be edited; image tokens: {image}"
+    )
+    console.print(_layer_table(layers))
+    console.print(f"methods that fit, with their defaults: {', '.join(accepted) or 'none'}")
+    for name, reason in refusals.items():
+        console.print(f"refused: [bold]{name}[/bold]: {escape(reason)}")
+
+
+@app.command()
+def run(
+    recipe: Annotated[
+        str, typer.Argument(help="A YAML file, or the name of a shipped recipe such as testbed-lm/streaming.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Where the results go; results/NAME of the recipe by default.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a key of the recipe; may be given again. Dotted, tasks by their label and edits by their "
+            "method: --set batch_size=4 --set tasks.passkey.samples=50 --set edits.act.beta=0.2",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many samples of each task, for a quick look.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin anew in a folder that holds another run.")
+    ] = False,
+    save_data: Annotated[
+        bool, typer.Option("--save-data", help="Also write each task's questions to data/TASK.jsonl.")
+    ] = False,
+) -> None:
+    """Run a recipe: the same questions to the model as it is and to the edited one, with paired statistics.
+
+    Writes results.json (metrics, every sample, versions, seeds, edits, timing), table.md and a heat map for each
+    needle grid. A run that was stopped goes on with the same command.
+    """
+    import attn_hooks
+    from attn_eval.recipe import find_recipe, load_recipe
+    from attn_eval.report import console_table
+    from attn_eval.run_log import forget_run
+
+    loaded = load_recipe(find_recipe(recipe, attn_hooks.recipes_dir()), overrides or [])
+    folder = output or Path("results") / loaded.name
+    if folder.exists() and not folder.is_dir():
+        raise EvaluationError(f"the output {folder} is a file: give a folder with -o")
+    if overwrite:
+        forget_run(folder)
+
+    from attn_eval.runner import run_recipe
+
+    results = run_recipe(loaded, folder, limit=limit, save_data=save_data, console=Console(stderr=True))
+    console = _out()
+    console.print(console_table(results["metrics"], loaded.name))
+    for note in results["notes"]:
+        console.print(f"note: {escape(note)}")
+    console.print(f"written to {escape(str(folder))}: results.json, table.md{_heat_maps(results)}", soft_wrap=True)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    second: Annotated[Path, typer.Argument(help="Another one; differences are second less first.")],
+    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
+) -> None:
+    """Compare two finished runs: the edited half of each, or the baseline where a recipe has no edits.
+
+    Where both saw the same questions, the difference comes with its paired bootstrap interval, the flips and
+    McNemar's exact test.
+    """
+    from attn_eval.comparison import compare_results, left_out
+    from attn_eval.report import cells_of
+    from attn_eval.run_log import load_results
+
+    runs = load_results(first), load_results(second)
+    compared, notes = compare_results(*runs), left_out(*runs)
+    if as_json:
+        print(json.dumps({"first": str(first), "second": str(second), "metrics": compared, "notes": notes}, indent=2))
+        return
+    if not compared:
+        raise EvaluationError(f"{first} and {second} have no metric in common")
+    table = Table(title=f"{first} -> {second}")
+    for column in (
+        "task",
+        "length",
+        "metric",
+        "n",
+        "first",
+        "second",
+        "difference",
+        "95 % interval",
+        "lost/won",
+        "McNemar p",
+    ):
+        table.add_column(column)
+    for entry in compared:
+        shown = {"samples": "", **entry, "baseline": entry["first"], "edited": entry["second"]}
+        table.add_row(*cells_of(shown))
+    console = _out()
+    console.print(table)
+    for name, folder, results in zip(("first", "second"), (first, second), runs, strict=True):
+        edits = ", ".join(edit["method"] for edit in results["edits"]) or "no edits"
+        console.print(f"{name}: {escape(str(folder))} ({escape(results['recipe']['name'])}; {edits})", soft_wrap=True)
+    for note in notes:
+        console.print(f"note: {escape(note)}")
+
+
+def main() -> None:
+    """The entry point: runs the command and turns every error of a user's into one line and exit code 2."""
+    try:
+        app(standalone_mode=False)
+    except KeyboardInterrupt:
+        _fail("stopped; the same command goes on where it was", INTERRUPTED)
+    except typer.Abort:
+        _fail("stopped", INTERRUPTED)
+    except typer.Exit as leaving:
+        sys.exit(leaving.exit_code)
+    except ValueError as error:
+        if not _is_for_the_user(error):
+            raise
+        _fail(str(error), USER_ERROR)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(error.format_message(), USER_ERROR)
+
+
+def _is_for_the_user(error: ValueError) -> bool:
+    if isinstance(error, EvaluationError):
+        return True
+    import attn_hooks
+
+    return isinstance(error, attn_hooks.AttnHooksError)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"attn-hooks: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _out() -> Console:
+    # Piped into a file, a table must not be folded at the 80 columns that rich assumes there.
+    return Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "160")))
+
+
+def _describe(method: Any) -> dict[str, Any]:
+    schema = method.model_json_schema()
+    module = inspect.getmodule(method)
+    summary = (inspect.getdoc(module) or inspect.getdoc(method) or "").split("\n\n")[0]
+    return {
+        "summary": " ".join(summary.split()),
+        "source": method.source,
+        "reads": sorted(method.reads),
+        "writes": method.writes,
+        "scope": method.scope,
+        "parameters": {"properties": schema.get("properties", {}), "required": schema.get("required", [])},
+    }
+
+
+def _layer_table(layers: list[dict[str, Any]]) -> Table:
+    """Layers that are alike in one line, e.g. ``0-7`` or ``0, 2, 4``."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for layer in layers:
+        groups.setdefault(tuple(value for key, value in layer.items() if key != "layer"), []).append(layer["layer"])
+    table = Table()
+    for column in ("layers", "heads", "kv heads", "head dim", "sliding window", "softcap", "learned sinks"):
+        table.add_column(column)
+    for shape, indices in groups.items():
+        consecutive = len(indices) > 1 and indices[-1] - indices[0] + 1 == len(indices)
+        shown = f"{indices[0]}-{indices[-1]}" if consecutive else ", ".join(map(str, indices))
+        *numbers, learned_sinks = shape
+        table.add_row(
+            shown, *("-" if value is None else f"{value:g}" for value in numbers), "yes" if learned_sinks else "-"
+        )
+    return table
+
+
+def _heat_maps(results: dict[str, Any]) -> str:
+    return "".join(f", heatmap_{name}.png" for name, task in results["tasks"].items() if task["grid"])
+
+
+if __name__ == "__main__":
+    main()
