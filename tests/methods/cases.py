@@ -1,0 +1,42 @@
+"""The methods under the shared tests. A new method joins by one line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from attn_hooks import ACT, PASTA, Ablate, Edit, HeadAffine, PowerAttention, SinkScale, Streaming
+from tests.models import SIZES
+
+LAYERS, HEADS, HEAD_DIM = SIZES["num_hidden_layers"], SIZES["num_attention_heads"], SIZES["head_dim"]
+GAIN = torch.linspace(0.5, 2.0, LAYERS * HEADS).reshape(LAYERS, HEADS)
+OFFSET = torch.linspace(-1.0, 1.0, LAYERS * HEADS * HEAD_DIM).reshape(LAYERS, HEADS, HEAD_DIM)
+PROMPT = 14
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method with parameters that change nothing (None: it has none) and some that do.
+
+    ``frozen_on_prompt``: what it does in decode depends on where the prompt ended. ``chunks``: takes a prompt in parts.
+    """
+
+    active: Edit
+    neutral: Edit | None
+    frozen_on_prompt: bool = False
+    chunks: bool = True
+
+
+CASES = [
+    Case(Ablate(heads=((1, 2), (3, 0))), None),
+    Case(ACT(beta=0.1, alpha=1.1), ACT(beta=1.0, alpha=1.1), frozen_on_prompt=True, chunks=False),
+    Case(HeadAffine(gain=GAIN, offset=OFFSET), HeadAffine(gain=torch.ones_like(GAIN), offset=torch.zeros_like(OFFSET))),
+    Case(
+        PASTA(spans=(((1, 3),),), alpha=0.05, prompt_length=PROMPT),
+        PASTA(spans=(((1, 3),),), alpha=1.0, prompt_length=PROMPT),
+    ),
+    Case(PowerAttention(block=2, window_blocks=1, sink_blocks=0), PowerAttention(block=64, window_blocks=4)),
+    Case(SinkScale(scale=0.05), SinkScale(scale=1.0)),
+    Case(Streaming(sinks=1, window=3), Streaming(window=4096)),
+]
