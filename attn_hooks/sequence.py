@@ -24,8 +24,8 @@ class SequenceState:
     """The memory of one batch of sequences, from its first forward on.
 
     ``prompt_length`` is the padded length of the first forward, None if that ran unwrapped. ``preallocated`` caches are
-    longer than the tokens in them. ``calls`` counts each layer's calls in the current forward. All of it comes from the prompt, which beams of one sample share,
-    so reordering beams leaves it as it is.
+    longer than the tokens in them. ``calls`` counts each layer's calls in the current forward. What methods keep comes
+    from the prompt, which beams of one sample share, so reordering beams leaves it as it is.
     """
 
     layout: TokenLayout

@@ -1,0 +1,52 @@
+# make demo   install and run the main job on the shipped model
+# make test   install and run the tests
+# make lint   ruff, mypy, import-linter
+# make bench  speed and memory against what a user would run otherwise
+# make compat every causal-LM family of the installed transformers; writes docs/compatibility.md
+# make testbed-lm  train the shipped model again (one GPU)
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= results/demo
+
+# One thread a process: the tests run one process a core, and tiny models gain nothing from threads.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+# A machine without an NVIDIA GPU gets the CPU build, which is this exact version.
+TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
+
+.PHONY: demo test lint bench compat clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[eval]"
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable ".[eval,dev]"
+	touch $@
+
+demo: $(VENV)/.installed
+	OMP_NUM_THREADS=$$(nproc) $(BIN)/attn-hooks run recipes/testbed-lm/demo.yaml --out $(OUT)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n auto -m "not compat" $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m bench.run
+
+compat: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n auto tests/compat $(ARGS)
+
+clean:
+	rm -rf $(VENV) results
