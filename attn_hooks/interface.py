@@ -7,7 +7,7 @@ call goes to that very backend, so the outputs are its own, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,13 +31,24 @@ from attn_hooks.edit import STAGES, Edit
 from attn_hooks.errors import error
 from attn_hooks.model_info import HONOURED_BACKENDS, IMPLEMENTATION_PREFIX, LayerInfo, ModelInfo, eager_attention_of
 from attn_hooks.recorder import Recorder
+from attn_hooks.selected_keys import selected_keys_mask
 from attn_hooks.sequence import SequenceState, SequenceTracker
 from attn_hooks.tensor_parallel import local_heads
 
 PLAN_ATTRIBUTE = "attn_hooks_plan"
 
 # What a call may carry beside its tensors: honoured by the engine, or without influence on attention itself.
-HONOURED = {"dropout", "scaling", "is_causal", "sliding_window", "softcap", "s_aux", "output_attentions"}
+HONOURED = {
+    "dropout",
+    "is_causal",
+    "output_attentions",
+    "position_bias",
+    "s_aux",
+    "scaling",
+    "sinks",
+    "sliding_window",
+    "softcap",
+}
 WITHOUT_INFLUENCE = {
     "attention_interface",
     "cache_position",
@@ -79,6 +90,7 @@ def _forward_for(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         unedited = eager_attention_of(module) if backend == "eager" else ALL_ATTENTION_FUNCTIONS[backend]
+        attention_mask = selected_keys_mask(module, query, key, attention_mask, kwargs)
         plan: LayerPlan | None = getattr(module, PLAN_ATTRIBUTE, None)
         if plan is None:
             return unedited(module, query, key, value, attention_mask, **kwargs)
@@ -195,6 +207,10 @@ def _read_call(
         mask, bias = (attention_mask, None) if attention_mask.dtype == torch.bool else (None, attention_mask)
     elif attention_mask is not None:
         raise refuse("attention_mask", "Only 4-D masks are read.")
+    sinks = kwargs.get("s_aux")
+    sinks = kwargs.get("sinks") if sinks is None else sinks[None, :, None]
+    if isinstance(sinks, Tensor) and sinks.ndim == 4:
+        sinks = sinks.squeeze(-1)
     scaling = kwargs.get("scaling")
     is_causal = kwargs.get("is_causal")
     inputs = AttentionInputs(
@@ -212,10 +228,20 @@ def _read_call(
         causal=bool(getattr(module, "is_causal", True) if is_causal is None else is_causal),
         window=kwargs.get("sliding_window"),
         softcap=kwargs.get("softcap"),
-        sink_logits=kwargs.get("s_aux"),
+        sink_logits=sinks,
         dropout=float(kwargs.get("dropout") or 0.0),
     )
+    position_bias = kwargs.get("position_bias")
+    if position_bias is not None:
+        inputs = _with_position_bias(inputs, position_bias)
     return inputs, sequence
+
+
+def _with_position_bias(inputs: AttentionInputs, position_bias: Tensor) -> AttentionInputs:
+    """A learned bias ``(B|1, H|1, N, M)`` on the logits, folded with the mask into one additive mask."""
+    visible = inputs.visible(slice(0, inputs.num_queries))
+    bias = position_bias if inputs.bias is None else position_bias + inputs.bias
+    return replace(inputs, mask=None, bias=torch.where(visible, bias, torch.finfo(bias.dtype).min))
 
 
 def _phase(sequence: SequenceState, inputs: AttentionInputs) -> Phase:

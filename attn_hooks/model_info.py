@@ -6,7 +6,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -26,6 +26,7 @@ class LayerInfo:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    value_dim: int
     sliding_window: int | None
     softcap: float | None
     sinks: bool
@@ -86,30 +87,29 @@ def inspect_model(model: nn.Module) -> ModelInfo:
     model_class = type(model).__name__
     if any(parameter.is_meta for parameter in model.parameters()) and not _is_offloaded(model):
         raise error("meta-device", model=model_class)
-    layers: dict[int, LayerInfo] = {}
+    config: Any = getattr(model, "config", None)
+    text_config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    layers: list[LayerInfo] = []
     left_alone: dict[str, str] = {}
     for name, module in interface_modules(model):
-        reason = _why_left_alone(name, module)
-        if reason is not None:
+        reason = _why_left_alone(name, module, text_config)
+        if reason is None:
+            layers.append(_layer_info(name, module, model_class=model_class))
+        else:
             left_alone[name] = reason
-            continue
-        layer = _layer_info(name, module, index=len(layers), model_class=model_class)
-        if layer.index in layers:
-            left_alone[name] = f"a second attention of layer {layer.index}"
-            continue
-        layers[layer.index] = layer
     if not layers and not left_alone:
         raise error("no-attention-interface", model=model_class, detail=_closest_attention(model))
     if not layers:
         detail = "; ".join(sorted(set(left_alone.values())))
         raise error("no-causal-attention", model=model_class, detail=detail)
-    config: Any = getattr(model, "config", None)
-    text_config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    ordered = tuple(layers[index] for index in sorted(layers))
+    if len({layer.index for layer in layers}) < len(layers):
+        # Several stacks that each count from 0 (hrm_text): number all by appearance.
+        layers = [replace(layer, index=index) for index, layer in enumerate(layers)]
+    layers.sort(key=lambda layer: layer.index)
     return ModelInfo(
         model_class=model_class,
-        num_layers=_number(text_config, "num_hidden_layers") or ordered[-1].index + 1,
-        layers=ordered,
+        num_layers=max(_number(text_config, "num_hidden_layers") or 0, layers[-1].index + 1),
+        layers=tuple(layers),
         image_token_id=_first_number(config, "image_token_id", "image_token_index"),
         bos_token_id=_first_number(text_config, "bos_token_id"),
         left_alone=left_alone,
@@ -131,38 +131,40 @@ def _forward_source(module_class: type[nn.Module]) -> str:
         return ""
 
 
-def _why_left_alone(name: str, module: nn.Module) -> str | None:
+def _why_left_alone(name: str, module: nn.Module, text_config: Any) -> str | None:
     last_part = name.rsplit(".", 1)[-1]
     if getattr(module, "is_cross_attention", False) or re.search(
         r"cross|encoder_attn|encdec", last_part, re.IGNORECASE
     ):
         return "cross attention"
-    if getattr(module, "is_causal", True) is False:
+    if type(module.config) is not type(text_config):
+        return "not the text decoder"
+    if getattr(module, "is_causal", True) is False and not getattr(module, "is_decoder", False):
         return "not causal"
     return None
 
 
-def _layer_info(name: str, module: nn.Module, index: int, model_class: str) -> LayerInfo:
-    config = module.config
+def _layer_info(name: str, module: nn.Module, model_class: str) -> LayerInfo:
+    config: Any = module.config
     backend = config._attn_implementation
     if isinstance(backend, str) and backend.startswith(IMPLEMENTATION_PREFIX):
         backend = backend.removeprefix(IMPLEMENTATION_PREFIX)
     if backend not in HONOURED_BACKENDS:
         raise error("unsupported-backend", model=model_class, backend=backend)
-    if re.search(r"_attn_implementation (in|==) ", _forward_source(type(module))):  # type: ignore[arg-type]
+    if _asks_for_the_backends_name(module, backend):
         raise error("backend-branch", model=model_class, module_class=type(module).__name__)
     num_heads = _first_number(module, "num_heads", "num_attention_heads") or _number(config, "num_attention_heads")
     assert num_heads is not None, f"{type(module).__name__} names its heads nowhere"
     group = _number(module, "num_key_value_groups")
     num_kv_heads = num_heads // group if group else _first_number(config, "num_key_value_heads") or num_heads
-    head_dim = _first_number(module, "head_dim") or _number(config, "hidden_size") // num_heads  # type: ignore[operator]
-    layer_index = getattr(module, "layer_idx", None)
+    head_dim = _first_number(module, "head_dim", "qk_head_dim") or (_number(config, "hidden_size") or 0) // num_heads
     softcap = getattr(module, "attn_logit_softcapping", None)
     return LayerInfo(
-        index=layer_index if isinstance(layer_index, int) else index,
+        index=_layer_index(name, module),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
+        value_dim=_first_number(module, "v_head_dim") or head_dim,
         sliding_window=_first_number(module, "sliding_window"),
         softcap=float(softcap) if softcap is not None else None,
         sinks=getattr(module, "sinks", None) is not None,
@@ -170,6 +172,25 @@ def _layer_info(name: str, module: nn.Module, index: int, model_class: str) -> L
         module_name=name,
         module=module,
     )
+
+
+def _layer_index(name: str, module: nn.Module) -> int:
+    """The module's own number, else the last one in its path (blocks shared between layers have none)."""
+    own = getattr(module, "layer_idx", None)
+    if isinstance(own, int) and own >= 0:
+        return own
+    numbers = re.findall(r"\d+", name)
+    return int(numbers[-1]) if numbers else 0
+
+
+def _asks_for_the_backends_name(module: nn.Module, backend: str) -> bool:
+    """Whether the module would take another path under our name than under ``backend``."""
+    source = _forward_source(type(module))  # type: ignore[arg-type]
+    if "reorder_and_upcast_attn" in source:
+        # GPT-2: the name matters for one option of the eager path only.
+        return backend == "eager" and bool(getattr(module, "reorder_and_upcast_attn", False))
+    # A module that hands over its selection of keys instead is followed by selected_keys_mask.
+    return "_attn_implementation in (" in source and "indices" not in source
 
 
 def eager_attention_of(module: nn.Module) -> Any:

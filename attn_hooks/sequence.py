@@ -49,6 +49,9 @@ class SequenceTracker:
         self.key = uuid4().hex
         self.parameters = list(inspect.signature(decoder.forward).parameters)
         self.current: SequenceState | None = None
+        # MusicGen's decoder takes its codebooks as rows of input_ids; they are one sequence.
+        embeddings = getattr(decoder, "embed_tokens", None)
+        self.rows_per_sequence = len(embeddings) if isinstance(embeddings, nn.ModuleList) else 1
 
     def before_forward(self, _decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the decoder."""
@@ -60,6 +63,8 @@ class SequenceTracker:
         if new is None:
             self.current = None
             return
+        if tokens is not None and self.rows_per_sequence > 1:
+            tokens = new = tokens[:: self.rows_per_sequence]
         batch, length = new.shape[:2]
         self._refuse_packed(given, past)
         valid = _valid_tokens(given.get("attention_mask"), batch, past + length, new.device)

@@ -24,7 +24,10 @@ from attn_hooks.model_info import ModelInfo
 
 
 class HeadAffine(Edit):
-    """gain: (layers, heads). offset: (layers, heads, head_dim). Either may be left out; rows are all layers' in order."""
+    """gain: (layers, heads). offset: (layers, heads, head_dim of the value). Either may be left out.
+
+    Where layers differ in heads or head_dim, the shape is the largest's and smaller layers use the first entries.
+    """
 
     method: ClassVar[str] = "head_affine"
     source: ClassVar[str] = "ITI, arXiv 2306.03341, eq. 2; LoFiT, arXiv 2406.01563"
@@ -55,8 +58,9 @@ class HeadAffine(Edit):
         return tuple(sorted(touched))
 
     def check(self, model: ModelInfo) -> None:
-        first = model.layers[0]
-        expected = (model.num_layers, first.num_heads, first.head_dim)
+        heads = max(layer.num_heads for layer in model.layers)
+        value_dim = max(layer.value_dim for layer in model.layers)
+        expected = (model.num_layers, heads, value_dim)
         self._check_shape("gain", self.gain, expected[:2], model)
         self._check_shape("offset", self.offset, expected, model)
 
@@ -73,6 +77,7 @@ class HeadAffine(Edit):
 
     def primitives(self, call: AttentionCall) -> list[Primitive]:
         here = slice(call.heads.start, call.heads.stop)
+        value_dim = call.inputs.value.shape[-1]
         gain = None if self.gain is None else self.gain[call.layer, here].to(call.device)
-        offset = None if self.offset is None else self.offset[call.layer, here].to(call.device)
+        offset = None if self.offset is None else self.offset[call.layer, here, :value_dim].to(call.device)
         return [HeadAffinePrimitive(gain=gain, offset=offset)]

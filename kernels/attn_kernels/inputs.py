@@ -34,7 +34,7 @@ class AttentionInputs:
     causal: bool = True
     window: int | None = None
     softcap: float | None = None
-    sink_logits: Tensor | None = None  # (H,): joins the softmax, has no value
+    sink_logits: Tensor | None = None  # (B|1, H, N|1): joins the softmax, has no value
     dropout: float = 0.0
 
     @property

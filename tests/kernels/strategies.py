@@ -49,7 +49,15 @@ def attention_inputs(draw: st.DrawFn, window: bool = True) -> AttentionInputs:
         key_valid=valid,
         window=window_size,
         softcap=draw(st.sampled_from([None, None, 5.0])),
-        sink_logits=draw(st.sampled_from([None, torch.randn(num_heads, generator=generator)])),
+        sink_logits=draw(
+            st.sampled_from(
+                [
+                    None,
+                    torch.randn(1, num_heads, 1, generator=generator),
+                    torch.randn(batch, num_heads, num_queries, generator=generator),
+                ]
+            )
+        ),
     )
     if as_mask == "none":
         return inputs

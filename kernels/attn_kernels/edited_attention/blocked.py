@@ -134,7 +134,7 @@ def _select_heads(inputs: AttentionInputs, heads: Tensor) -> AttentionInputs:
         value=inputs.value[:, kv_heads],
         mask=_pick(inputs.mask, heads),
         bias=_pick(inputs.bias, heads),
-        sink_logits=None if inputs.sink_logits is None else inputs.sink_logits[heads],
+        sink_logits=None if inputs.sink_logits is None else inputs.sink_logits[:, heads],
     )
 
 
@@ -222,7 +222,8 @@ class _Block:
     def _softmax(self, logits: Tensor) -> Tensor:
         log_sum_exp = torch.logsumexp(logits, dim=-1)
         if self.inputs.sink_logits is not None:
-            sink = self.inputs.sink_logits.to(log_sum_exp)[None, :, None]
+            sink = self.inputs.sink_logits.to(log_sum_exp)
+            sink = sink if sink.shape[2] == 1 else sink[:, :, self.rows]
             log_sum_exp = torch.logaddexp(log_sum_exp, sink.expand_as(log_sum_exp))
         self.log_sum_exp = log_sum_exp
         sees_nothing = torch.isneginf(log_sum_exp)

@@ -27,7 +27,9 @@ def edited_attention_reference(inputs: AttentionInputs, edits: Sequence[Primitiv
             for i in range(num_queries):
                 logits = _logits(inputs, edits, query[b, h, i], key[b, kv_head], b, h, i)
                 allowed = _allowed(inputs, edits, b, h, i)
-                sink_logit = None if inputs.sink_logits is None else inputs.sink_logits[h].double()
+                sink_logit = None
+                if inputs.sink_logits is not None:
+                    sink_logit = _at(inputs.sink_logits, b, h)[i % inputs.sink_logits.shape[2]].double()
                 row = _softmax(logits, allowed, sink_logit)
                 for edit in edits:
                     if isinstance(edit, Regroup) and _in_scope(edit.heads, edit.rows, b, h, i):
