@@ -81,6 +81,13 @@ CATALOGUE: dict[str, Entry] = {
         "The first argument is not a torch.nn.Module with transformers attention inside.",
         "Pass the model object itself, for a pipeline its .model.",
     ),
+    "wrapped-elsewhere": Entry(
+        EditError,
+        "{model}: its attention is already edited through another model object, which holds this one or shares its "
+        "decoder. Unwrap that one first.",
+        "A part of a wrapped model (or a copy of a part) was given, or two models share one decoder.",
+        "Call wrap, editing and unwrap on one and the same object.",
+    ),
     "not-wrapped": Entry(
         AttnHooksError,
         "{model} is not wrapped, so there is nothing to {what}.",

@@ -74,6 +74,7 @@ class LayerPlan:
     edits: tuple[tuple[int, Edit], ...]
     tracker: SequenceTracker
     recorder: Recorder
+    own_config: Any
 
 
 def register() -> None:
@@ -125,7 +126,7 @@ def _edited(
         if len(recomputed):
             output = output.index_copy(1, recomputed, edited_attention(inputs, weight_edits, recomputed))
     if len(recomputed):
-        wanted = kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False)
+        wanted = kwargs.get("output_attentions") or getattr(plan.own_config, "output_attentions", False)
         weights = edited_weights(inputs, weight_edits) if wanted else None
     output = head_affine(output, primitives)
     moved = moved_mass(inputs, primitives, recomputed) if len(recomputed) else [None] * len(primitives)
@@ -188,7 +189,7 @@ def _read_call(
             raise refuse(name, "The engine does not know what it means for the weights.")
     if functional.scaled_dot_product_attention is not _sdpa_at_import:
         raise error("context-parallel", model=model, methods=methods)
-    sequence = plan.tracker.current
+    sequence = plan.tracker.state_of_call(kwargs.get("position_ids"))
     if sequence is None or sequence.layout.kinds.shape[0] != query.shape[0]:
         raise refuse("query", "It was called outside the forward of its decoder, so its tokens are unknown.")
     num_queries, num_keys, total = query.shape[2], key.shape[2], sequence.layout.length

@@ -7,6 +7,7 @@ from enum import IntEnum
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 class TokenKind(IntEnum):
@@ -51,6 +52,11 @@ class TokenLayout:
     def extended(self, new: TokenLayout, past: int) -> TokenLayout:
         """This layout cut to its first ``past`` tokens (a cache may be cropped), then ``new``."""
         return TokenLayout(torch.cat([self.kinds[:, :past].to(new.kinds.device), new.kinds], dim=1))
+
+    def filled_to(self, length: int) -> TokenLayout:
+        """This layout with text up to ``length`` tokens: those that came while other edits were in force."""
+        missing = max(0, length - self.length)
+        return TokenLayout(functional.pad(self.kinds, (0, missing), value=TokenKind.TEXT))
 
     def padded_as(self, valid: Tensor) -> TokenLayout:
         """The same kinds under another 2-D attention mask."""

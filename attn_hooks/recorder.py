@@ -31,7 +31,7 @@ class EditRecord:
 class Recorder:
     """One record for each edit, by its place in the list."""
 
-    records: dict[int, EditRecord] = field(default_factory=dict)
+    records: dict[int, EditRecord]
 
     def record(
         self,
@@ -46,7 +46,7 @@ class Recorder:
         """Adds one primitive of one call."""
         if isinstance(primitive, Tap):
             return
-        record = self.records.setdefault(position, EditRecord())
+        record = self.records[position]
         record.calls[phase] += 1
         record.layers.add(layer)
         record.rows += inputs.query.shape[0] * inputs.num_queries

@@ -117,16 +117,16 @@ def report(model: nn.Module) -> Report:
     wrapping = wrapping_of(model, "report")
     rows = []
     for place, edit in enumerate(wrapping.edits):
-        record = wrapping.recorder.records.get(place)
+        record = wrapping.recorder.records[place]
         rows.append(
             EditReport(
                 method=edit.method,
                 parameters=edit.model_dump(mode="json"),
-                calls=dict(record.calls.items()) if record else {},
-                layers=tuple(sorted(record.layers)) if record else (),
-                heads=len(record.heads) if record else 0,
-                rows=record.rows if record else 0,
-                mass_moved=record.mass_moved() if record else None,
+                calls=dict(record.calls.items()),
+                layers=tuple(sorted(record.layers)),
+                heads=len(record.heads),
+                rows=record.rows,
+                mass_moved=record.mass_moved(),
             )
         )
     return Report(wrapping.info.model_class, tuple(rows))

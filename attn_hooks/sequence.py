@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import Cache
 
 from attn_hooks.errors import error
@@ -49,9 +51,23 @@ class SequenceTracker:
         self.key = uuid4().hex
         self.parameters = list(inspect.signature(decoder.forward).parameters)
         self.current: SequenceState | None = None
+        self.of_positions: MutableMapping[Tensor, SequenceState] = WeakTensorKeyDictionary()
         # MusicGen's decoder takes its codebooks as rows of input_ids; they are one sequence.
         embeddings = getattr(decoder, "embed_tokens", None)
         self.rows_per_sequence = len(embeddings) if isinstance(embeddings, nn.ModuleList) else 1
+
+    def state_of_call(self, position_ids: Tensor | None) -> SequenceState | None:
+        """The state of the forward that a call belongs to.
+
+        Gradient checkpointing runs a layer again inside backward, when another forward may have come since; its
+        position_ids are still the very tensor of the first run.
+        """
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward:
+            return None if position_ids is None else self.of_positions.get(position_ids)
+        if position_ids is not None and self.current is not None:
+            self.of_positions[position_ids] = self.current
+        return self.current
 
     def before_forward(self, _decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the decoder."""
@@ -79,7 +95,7 @@ class SequenceTracker:
             if state.layout.kinds.shape[0] != batch:
                 cached = state.layout.kinds.shape[0]
                 raise error("batch-changed", model=self.model.model_class, cached=cached, given=batch)
-            state.layout = state.layout.extended(new_layout, past)
+            state.layout = state.layout.filled_to(past).extended(new_layout, past)
         if valid is not None:
             state.layout = state.layout.padded_as(valid)
         state.past = past

@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 from attn_hooks.edit import Edit
 from attn_hooks.errors import error
 from attn_hooks.interface import PLAN_ATTRIBUTE, LayerPlan, register
-from attn_hooks.model_info import IMPLEMENTATION_PREFIX, ModelInfo, inspect_model, underlying_model
-from attn_hooks.recorder import Recorder
+from attn_hooks.model_info import IMPLEMENTATION_PREFIX, ModelInfo, inspect_model, interface_modules, underlying_model
+from attn_hooks.recorder import EditRecord, Recorder
 from attn_hooks.registry import resolve_edits
 from attn_hooks.sequence import SequenceTracker
 
 WRAPPING_ATTRIBUTE = "attn_hooks_wrapping"
+KEY_ATTRIBUTE = "attn_hooks_key"
 
 
 class EditNeverActedWarning(UserWarning):
@@ -39,8 +40,8 @@ class Wrapping:
 
     edits: tuple[Edit, ...]
     info: ModelInfo
+    recorder: Recorder
     key: str = field(default_factory=lambda: uuid4().hex)
-    recorder: Recorder = field(default_factory=Recorder)
     trackers: dict[str, SequenceTracker] = field(default_factory=dict)
     own_configs: dict[str, Any] = field(default_factory=dict)
     hooked: dict[str, tuple[RemovableHandle, RemovableHandle]] = field(default_factory=dict)
@@ -53,12 +54,13 @@ class Wrapping:
             if id(own) not in private_configs:
                 private_configs[id(own)] = copy.copy(own)
                 private_configs[id(own)]._attn_implementation_internal = IMPLEMENTATION_PREFIX + layer.backend
+                setattr(private_configs[id(own)], KEY_ATTRIBUTE, self.key)
             self.own_configs[layer.module_name] = own
             layer.module.config = private_configs[id(own)]
             edits = self.edits_of_layer(layer.index)
             if edits:
                 tracker = self._tracker_of(model, layer.module_name)
-                plan = LayerPlan(self.key, self.info, layer, edits, tracker, self.recorder)
+                plan = LayerPlan(self.key, self.info, layer, edits, tracker, self.recorder, own)
                 setattr(layer.module, PLAN_ATTRIBUTE, plan)
         setattr(model, WRAPPING_ATTRIBUTE, self)
 
@@ -78,11 +80,12 @@ class Wrapping:
         """Edits that act in a layer, each with its place in the list."""
         return tuple((place, edit) for place, edit in enumerate(self.edits) if layer in edit.layers_in(self.info))
 
-    def warn_of_idle_edits(self) -> None:
-        for place, edit in enumerate(self.edits):
-            if place not in self.recorder.records:
+    def warn_of_idle_edits(self, first: int, stacklevel: int) -> None:
+        """Warns of the edits from place ``first`` on that no call reached, at the caller's ``stacklevel``."""
+        for place, edit in enumerate(self.edits[first:], start=first):
+            if not self.recorder.records[place].calls:
                 message = f"{edit} never acted on {self.info.model_class}: no attention call reached it in its scope."
-                warnings.warn(message, EditNeverActedWarning, stacklevel=4)
+                warnings.warn(message, EditNeverActedWarning, stacklevel=stacklevel + 1)
 
     def _tracker_of(self, model: nn.Module, module_name: str) -> SequenceTracker:
         """The tracker of the innermost transformers model around an attention module."""
@@ -123,7 +126,7 @@ def wrap(model: nn.Module, *edits: object) -> nn.Module:
     before = _wrapping_of(target)
     if before is not None:
         before.remove(target)
-        before.warn_of_idle_edits()
+        before.warn_of_idle_edits(first=0, stacklevel=2)
     wrapping.install(target)
     return model
 
@@ -134,10 +137,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     A model that is not wrapped is returned as it is. Warns of edits that never acted.
     """
     target = underlying_model(model)
+    _refuse_if_wrapped_elsewhere(target)
     wrapping = _wrapping_of(target)
     if wrapping is not None:
         wrapping.remove(target)
-        wrapping.warn_of_idle_edits()
+        wrapping.warn_of_idle_edits(first=0, stacklevel=2)
     return model
 
 
@@ -149,8 +153,11 @@ def editing(model: nn.Module, *edits: object) -> Iterator[nn.Module]:
     """
     target = underlying_model(model)
     before = _wrapping_of(target)
-    wrapping = _checked(model, (*(before.edits if before else ()), *resolve_edits(edits)))
+    outer = before.edits if before is not None else ()
+    wrapping = _checked(model, (*outer, *resolve_edits(edits)))
     if before is not None:
+        # What the outer edits do in the block counts for them, too.
+        wrapping.recorder.records.update(before.recorder.records)
         before.remove(target)
     wrapping.install(target)
     try:
@@ -162,7 +169,8 @@ def editing(model: nn.Module, *edits: object) -> Iterator[nn.Module]:
             inside.remove(target)
         if before is not None:
             before.install(target)
-    wrapping.warn_of_idle_edits()
+    # The third frame up, past contextlib's.
+    wrapping.warn_of_idle_edits(first=len(outer), stacklevel=3)
 
 
 def edits_in_force(model: nn.Module) -> tuple[Edit, ...]:
@@ -183,12 +191,22 @@ def _wrapping_of(model: nn.Module) -> Wrapping | None:
     return getattr(model, WRAPPING_ATTRIBUTE, None)
 
 
+def _refuse_if_wrapped_elsewhere(model: nn.Module) -> None:
+    """Raises if the attention of ``model`` carries the mark of a wrapping that does not lie on ``model`` itself."""
+    own = _wrapping_of(model)
+    for _, module in interface_modules(model):
+        key = getattr(module.config, KEY_ATTRIBUTE, None)
+        if key is not None and (own is None or key != own.key):
+            raise error("wrapped-elsewhere", model=type(model).__name__)
+
+
 def _checked(model: nn.Module, edits: tuple[Edit, ...]) -> Wrapping:
     info = inspect_model(model)
+    _refuse_if_wrapped_elsewhere(underlying_model(model))
     for edit in edits:
         edit.check(info)
     check_composition(edits, info)
-    return Wrapping(edits, info)
+    return Wrapping(edits, info, Recorder({place: EditRecord() for place in range(len(edits))}))
 
 
 def check_composition(edits: tuple[Edit, ...], info: ModelInfo) -> None:
