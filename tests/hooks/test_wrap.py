@@ -159,7 +159,7 @@ def test_an_edit_acts_alike_however_generate_runs(name: str, options: dict[str, 
 def test_embeddings_in_place_of_tokens(name: str) -> None:
     model = attn_hooks.wrap(tiny_llama(), ACTING_EDITS[name])
     embedded = model.get_input_embeddings()(prompt())
-    assert torch.equal(logits(model, None, **{}), model(inputs_embeds=embedded).logits)
+    assert torch.equal(logits(model), model(inputs_embeds=embedded).logits)
 
 
 def test_a_bare_decoder_called_with_positional_arguments() -> None:

@@ -60,7 +60,8 @@ def padded_batch(side: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def logits(model: nn.Module, tokens: Tensor | None = None, **inputs: Any) -> Tensor:
-    return model(prompt() if tokens is None else tokens, **inputs).logits
+    inputs.setdefault("input_ids", prompt() if tokens is None else tokens)
+    return model(**inputs).logits
 
 
 def generated(model: Any, new_tokens: int = 6, **options: Any) -> Tensor:
