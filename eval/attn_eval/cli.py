@@ -114,7 +114,7 @@ def info(
         f"be edited; image tokens: {image}"
     )
     console.print(_layer_table(layers))
-    console.print(f"methods that fit, with their defaults: {', '.join(accepted) or 'none'}")
+    console.print(f"methods that fit: {', '.join(accepted) or 'none'}")
     for name, reason in refusals.items():
         console.print(f"refused: [bold]{name}[/bold]: {escape(reason)}")
 
@@ -165,6 +165,7 @@ def run(
 
     from attn_eval.runner import run_recipe
 
+    _silence_loading_bars()
     results = run_recipe(loaded, folder, limit=limit, save_data=save_data, console=Console(stderr=True))
     console = _out()
     console.print(console_table(results["metrics"], loaded.name))
@@ -236,9 +237,13 @@ def main() -> None:
             raise
         _fail(str(error), USER_ERROR)
     except Exception as error:
-        if not hasattr(error, "format_message"):
+        # A wrong option or argument: typer's own kind of error, whose class it doesn't export.
+        explain = getattr(error, "format_message", None)
+        if explain is None:
             raise
-        _fail(error.format_message(), USER_ERROR)
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "attn-hooks"
+        _fail(f"{explain().rstrip('.')}. See '{command} --help'.", USER_ERROR)
 
 
 def _is_for_the_user(error: ValueError) -> bool:
@@ -252,6 +257,13 @@ def _is_for_the_user(error: ValueError) -> bool:
 def _fail(message: str, code: int) -> None:
     print(f"attn-hooks: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
+
+
+def _silence_loading_bars() -> None:
+    """One progress bar is enough: ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _out() -> Console:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from attn_eval.errors import EvaluationError, nearest
 
@@ -57,8 +60,9 @@ def load_model(model: str, dtype: str, device: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = resolve_model(model)
     torch_device = resolve_device(device)
+    source = resolve_model(model)
+    _require_reachable(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
@@ -79,6 +83,7 @@ def model_skeleton(model: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     source = resolve_model(model)
+    _require_reachable(source)
     try:
         config = AutoConfig.from_pretrained(source)
         causal = type(config) in AutoModelForCausalLM._model_mapping
@@ -88,6 +93,23 @@ def model_skeleton(model: str) -> Any:
     except (OSError, ValueError) as error:
         raise EvaluationError(_unloadable(model, error)) from error
     return skeleton.to_empty(device="cpu").eval()
+
+
+def _require_reachable(source: str) -> None:
+    """Without a network the hub's client tries for a minute before it gives up: look the hub's name up first."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if Path(source).exists() or isinstance(try_to_load_from_cache(source, "config.json"), str):
+        return
+    host = urlsplit(constants.ENDPOINT).hostname
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set.")
+        # Behind a proxy the name is looked up there, not here.
+        if not getproxies():
+            socket.getaddrinfo(host, None)
+    except OSError as error:
+        raise EvaluationError(_unloadable(source, OSError(f"{host} can't be reached ({error})."))) from error
 
 
 def _unloadable(model: str, error: Exception) -> str:

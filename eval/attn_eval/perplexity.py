@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import random
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -67,13 +68,14 @@ class WindowScore:
 
 
 class PerplexityTask(TaskSettings):
-    """Windows of a held-out text, one after the other.
+    """Windows of a held-out text: anywhere in it without overlap, or one after the other with a stride.
 
     Attributes:
         samples: windows at each length.
         source: which text, see `attn_eval.haystack.get_haystack`.
-        stride: tokens from one window's start to the next one's. None: the length less BOS, so windows do not
-            overlap. In an overlapping window only the tokens that the one before did not have are scored.
+        stride: None cuts the text into windows that do not overlap and takes them in an order drawn from the seed.
+            A number takes windows from the text's beginning, each that many tokens behind the one before, and
+            scores only the tokens that the one before did not have.
         add_bos: begin every window with the tokenizer's BOS token, if it has one. With it, the first token of text
             is scored too; without it, scoring begins at the second.
         mode: ``prefill`` or ``decode``, see above.
@@ -102,8 +104,8 @@ class PerplexityTask(TaskSettings):
     def haystack_used(self) -> Haystack | None:
         return get_haystack(self.source)
 
-    def windows(self, tokenizer: Any, length: int, samples: int) -> list[Window]:
-        """The first ``samples`` windows of ``length`` tokens.
+    def windows(self, tokenizer: Any, length: int, samples: int, seed: int) -> list[Window]:
+        """``samples`` windows of ``length`` tokens; window i is the same for any number of them.
 
         Raises:
             EvaluationError: the text is too short for that many; the message says how many it has.
@@ -120,11 +122,14 @@ class PerplexityTask(TaskSettings):
                 f"{self.name}: the text {text.name!r} has {available} windows of {length} tokens at stride {stride} "
                 f"({len(ids)} tokens in all), {samples} were asked for: lower samples, length or stride"
             )
+        order = list(range(available))
+        if self.stride is None:
+            random.Random(f"{seed}/{self.task}/{length}").shuffle(order)
         windows = []
-        for index in range(samples):
-            start = index * stride
-            overlap = 0 if index == 0 else span - stride
-            scored_from = max(1, self.prompt_tokens if self.mode == "decode" else 1, len(head) + overlap)
+        for index, place in enumerate(order[:samples]):
+            start = place * stride
+            overlap = span - stride if index else 0
+            scored_from = max(self.prompt_tokens if self.mode == "decode" else 1, len(head) + overlap)
             first_scored = start + scored_from - len(head)
             windows.append(
                 Window(

@@ -9,13 +9,17 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from attn_eval.errors import EvaluationError, nearest
 from attn_eval.tasks import TaskSettings, build_task, task_class
+
+if TYPE_CHECKING:
+    # Imported where it is used: it brings PyTorch, which a look at a recipe doesn't need.
+    import attn_hooks
 
 
 class GenerationSettings(BaseModel):
@@ -123,6 +127,27 @@ class Recipe(BaseModel):
         if limit is None:
             return tasks
         return [task.model_copy(update={"samples": min(task.samples, limit)}) for task in tasks]
+
+    def build_edits(self) -> list[attn_hooks.Edit]:
+        """The edits.
+
+        Raises:
+            EvaluationError: a method has no parameter of a name that is given; the message names the nearest.
+            attn_hooks.AttnHooksError: no such method, or a value that it doesn't allow.
+        """
+        import attn_hooks
+
+        methods = attn_hooks.methods()
+        for edit in self.edits:
+            method = methods.get(edit["method"])
+            if method is None:
+                continue
+            for name in edit:
+                if name != "method" and name not in method.model_fields:
+                    raise EvaluationError(
+                        f"the method {edit['method']!r} has no parameter {name!r}; {nearest(name, method.model_fields)}"
+                    )
+        return [attn_hooks.build_edit(edit) for edit in self.edits]
 
     def fingerprint(self) -> str:
         """The sha256 of everything that can change a result: all but name, description and published figures."""

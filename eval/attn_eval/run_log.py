@@ -37,7 +37,7 @@ class RunLog:
             changed = sorted(key for key in {*before, *manifest} if before.get(key) != manifest.get(key))
             if changed:
                 raise EvaluationError(
-                    f"{folder} holds a run that differs in its {', '.join(changed).replace('_', ' ')}, so it can't be "
+                    f"{folder} holds a run that differs in its {' and '.join(changed).replace('_', ' ')}, so it can't be "
                     "gone on with: give another folder with -o, or --overwrite to begin anew"
                 )
         else:

@@ -80,7 +80,7 @@ def run_recipe(
         attn_hooks.AttnHooksError: an edit doesn't fit the model, or refuses a batch or a phase.
     """
     console = console or Console(stderr=True)
-    edits = [attn_hooks.build_edit(edit) for edit in recipe.edits]
+    edits = recipe.build_edits()
     tasks = recipe.build_tasks(limit)
     model, tokenizer = load_model(recipe.model, recipe.dtype, recipe.device)
     if edits:
@@ -94,7 +94,7 @@ def run_recipe(
             write_rows(rows, folder / "data" / f"{task.settings.name}.jsonl")
     log = RunLog(folder, _manifest(recipe, model, prepared, limit))
 
-    notes = _length_notes(model, tasks)
+    notes = _notes(model, tokenizer, tasks)
     runs = [BASELINE, EDITED] if edits else [BASELINE]
     started = time.perf_counter()
     resumed = sum(log.has(run, item.id) for run in runs for task in prepared for item in task.items)
@@ -123,7 +123,7 @@ def _prepare(tasks: Sequence[TaskSettings], encoder: PromptEncoder, seed: int, c
             items: list[Any] = []
             for length in task.lengths:
                 if isinstance(task, PerplexityTask):
-                    items += task.windows(encoder.tokenizer, length, task.samples)
+                    items += task.windows(encoder.tokenizer, length, task.samples, seed)
                 elif isinstance(task, GenerationTask):
                     items += task.generate(
                         encoder.tokenizer, length, task.samples, seed, chat_template=encoder.chat_template
@@ -235,12 +235,17 @@ def _weights_fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _length_notes(model: Any, tasks: Sequence[TaskSettings]) -> list[str]:
+def _notes(model: Any, tokenizer: Any, tasks: Sequence[TaskSettings]) -> list[str]:
+    """What a reader of the results must know beforehand."""
+    notes = []
     longest = max(length for task in tasks for length in task.lengths)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is None or longest <= limit:
-        return []
-    return [f"lengths go up to {longest}, beyond the {limit} positions that the model's config gives"]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        notes.append(f"lengths go up to {longest}, beyond the {positions} positions that the model's config gives")
+    for task in tasks:
+        if isinstance(task, PerplexityTask) and task.add_bos and tokenizer.bos_token_id is None:
+            notes.append(f"{task.name}: the tokenizer has no BOS token, so windows begin with text")
+    return notes
 
 
 def _results(

@@ -1,0 +1,165 @@
+"""The command line: what it shows, and one line with exit code 2 for every mistake of a user's."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from attn_eval import cli
+
+import attn_hooks
+
+
+@pytest.fixture
+def recipe_file(model_folder: Path, haystack_file: str, tmp_path: Path) -> Path:
+    content = {
+        "name": "tiny",
+        "model": str(model_folder),
+        "dtype": "float32",
+        "device": "cpu",
+        "edits": [{"method": "streaming", "window": 32}],
+        "tasks": [
+            {"task": "passkey", "lengths": [400], "samples": 3, "new_tokens": 4},
+            {"task": "needle_grid", "lengths": [512], "depths": [0, 100], "samples": 1, "new_tokens": 4},
+        ],
+    }
+    content["tasks"][1]["source"] = haystack_file  # type: ignore[index]
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of ``attn-hooks ARGUMENTS``."""
+    monkeypatch.setattr(sys, "argv", ["attn-hooks", *map(str, arguments)])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as leaving:
+        code = int(leaving.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_help_teaches_and_needs_no_pytorch() -> None:
+    script = (
+        "import sys\nfrom attn_eval import cli\nsys.argv = ['attn-hooks', '--help']\n"
+        "try:\n    cli.main()\nfinally:\n    assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for word in ("methods", "info", "run", "compare", "testbed-lm/demo"):
+        assert word in done.stdout
+
+
+def test_methods_as_table_and_as_json(capsys: Any, monkeypatch: Any) -> None:
+    code, out, _ = call(capsys, monkeypatch, "methods", "--json")
+    described = json.loads(out)
+    assert code == 0
+    assert set(described) == set(attn_hooks.methods())
+    assert described["act"]["parameters"]["properties"]["beta"]["default"] == 0.4
+    assert all(method["summary"] and method["source"] for method in described.values())
+    code, out, _ = call(capsys, monkeypatch, "methods")
+    assert code == 0
+    assert all(name in out for name in described)
+
+
+def test_info_needs_no_weights(model_folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    folder = tmp_path / "config-only"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((model_folder / "config.json").read_bytes())
+    code, out, _ = call(capsys, monkeypatch, "info", folder, "--json")
+    described = json.loads(out)
+    assert code == 0
+    assert (described["class"], described["num_layers"], described["image_token_id"]) == ("LlamaForCausalLM", 2, None)
+    assert [layer["num_kv_heads"] for layer in described["layers"]] == [2, 2]
+    assert set(described["accepted"]) | set(described["refused"]) == set(attn_hooks.methods())
+    code, out, _ = call(capsys, monkeypatch, "info", folder)
+    assert code == 0
+    assert "LlamaForCausalLM, 2 layers" in out
+
+
+def test_run_then_run_again_then_compare(recipe_file: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    code, out, _ = call(capsys, monkeypatch, "run", recipe_file, "-o", first, "--limit", 2)
+    assert code == 0
+    assert "heatmap_needle_grid.png" in out
+    assert sorted(path.name for path in first.iterdir()) == [
+        "heatmap_needle_grid.png",
+        "reports.jsonl",
+        "results.json",
+        "run.json",
+        "samples.jsonl",
+        "table.md",
+    ]
+    code, _, error = call(capsys, monkeypatch, "run", recipe_file, "-o", first)
+    assert code == 2
+    assert "--overwrite" in error
+    code, _, _ = call(
+        capsys, monkeypatch, "run", recipe_file, "-o", second, "--limit", 2, "--set", "edits.streaming.window=8"
+    )
+    assert code == 0
+    code, out, _ = call(capsys, monkeypatch, "compare", first, second, "--json")
+    assert code == 0
+    compared = json.loads(out)
+    assert all(entry["paired"] for entry in compared["metrics"])
+    assert compared["notes"] == []
+    code, out, _ = call(capsys, monkeypatch, "compare", first, second)
+    assert code == 0
+    assert "passkey" in out
+
+
+MISTAKES: list[tuple[list[str], str]] = [
+    (["run", "no-such-recipe"], "no recipe 'no-such-recipe'"),
+    (["run", "RECIPE", "-o", "OUT", "--set", "bath_size=2"], "did you mean 'batch_size'"),
+    (["run", "RECIPE", "-o", "OUT", "--set", "device=cuda"], "sees no GPU"),
+    (["run", "RECIPE", "-o", "OUT", "--set", "model=/no/such/folder"], "no model '/no/such/folder'"),
+    (["run", "RECIPE", "-o", "OUT", "--set", "model=meta-llama/Llama-3.1-8B"], "neither a folder nor in the local"),
+    (["run", "RECIPE", "-o", "OUT", "--set", "model=testbed-ml"], "did you mean 'testbed-lm'"),
+    (["run", "RECIPE", "-o", "OUT", "--set", "edits.streaming.windw=2"], "did you mean 'window'"),
+    (["run", "RECIPE", "-o", "OUT", "--set", "edits.streaming.layers=[9]"], "layer 9"),
+    (["run", "RECIPE", "-o", "OUT", "--set", "tasks.passkey.lengths=[20]"], "shortest feasible length"),
+    (["run", "RECIPE", "-o", "OUT", "--set", "tasks.needle_grid.source=/no/text"], "no haystack '/no/text'"),
+    (["run", "RECIPE", "-o", "OUT", "--set", "generation.chat_template=true"], "no chat template"),
+    (["run", "RECIPE", "-o", "RECIPE"], "is a file"),
+    (["run", "RECIPE", "--limit", "0"], "--limit"),
+    (["run"], "attn-hooks run --help"),
+    (["rum", "RECIPE"], "attn-hooks --help"),
+    (["info", "/no/such/folder"], "no model '/no/such/folder'"),
+    (["compare", "OUT", "OUT"], "no results.json"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(entry[0]) for entry in MISTAKES])
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, recipe_file: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    def no_network(*address: Any, **options: Any) -> Any:
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setattr("attn_eval.loading.getproxies", dict)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    places = {"RECIPE": str(recipe_file), "OUT": str(tmp_path / "out")}
+    code, _, error = call(capsys, monkeypatch, *(places.get(argument, argument) for argument in arguments))
+    lines = [line for line in error.splitlines() if line.strip()]
+    assert code == 2
+    assert message in lines[-1]
+    assert lines[-1].startswith("attn-hooks: ")
+    assert "Traceback" not in error
+
+
+def test_an_interrupt_says_how_to_go_on(recipe_file: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    def interrupt(*arguments: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("attn_eval.runner.generate_answers", interrupt)
+    code, _, error = call(capsys, monkeypatch, "run", recipe_file, "-o", tmp_path / "out")
+    assert code == 130
+    assert "the same command goes on" in error
