@@ -24,7 +24,6 @@ INTERRUPTED = 130
 
 app = typer.Typer(
     name="attn-hooks",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -125,7 +124,7 @@ def run(
         str, typer.Argument(help="A YAML file, or the name of a shipped recipe such as testbed-lm/streaming.")
     ],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Where the results go; results/NAME of the recipe by default.")
+        Path | None, typer.Option("-o", "--out", help="Where the results go; results/NAME of the recipe by default.")
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -225,13 +224,10 @@ def compare(
 def main() -> None:
     """The entry point: runs the command and turns every error of a user's into one line and exit code 2."""
     try:
-        app(standalone_mode=False)
-    except KeyboardInterrupt:
-        _fail("stopped; the same command goes on where it was", INTERRUPTED)
-    except typer.Abort:
-        _fail("stopped", INTERRUPTED)
-    except typer.Exit as leaving:
-        sys.exit(leaving.exit_code)
+        code = app(standalone_mode=False) if len(sys.argv) > 1 else app(["--help"], standalone_mode=False)
+        if code == INTERRUPTED:
+            _fail("stopped; the same command goes on where it was", INTERRUPTED)
+        sys.exit(code or 0)
     except ValueError as error:
         if not _is_for_the_user(error):
             raise

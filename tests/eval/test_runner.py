@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import oracles
 import pytest
 import torch
 from attn_eval import generation, runner
@@ -22,6 +21,7 @@ from attn_eval.runner import run_recipe
 from rich.console import Console
 
 import attn_hooks
+from tests.eval import oracles
 
 QUIET = Console(quiet=True)
 

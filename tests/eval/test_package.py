@@ -1,0 +1,35 @@
+"""The package's public names, and that its tasks load without PyTorch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import attn_eval
+import pytest
+
+
+def test_public_names_are_the_ones_meant() -> None:
+    assert attn_eval.__all__ == [
+        "EvaluationError",
+        "Recipe",
+        "Row",
+        "build_task",
+        "compare_results",
+        "get_haystack",
+        "load_recipe",
+        "load_results",
+        "run_recipe",
+        "task_names",
+    ]
+    assert all(getattr(attn_eval, name).__module__.startswith("attn_eval") for name in attn_eval.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        attn_eval.nothing  # noqa: B018
+
+
+def test_tasks_need_no_pytorch() -> None:
+    script = (
+        "import sys\nfrom attn_eval import build_task, templates\n"
+        "build_task({'task': 'passkey', 'lengths': [100]})\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
