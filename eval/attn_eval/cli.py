@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +20,7 @@ from attn_eval.errors import EvaluationError
 
 USER_ERROR = 2
 INTERRUPTED = 130
+PIPED_WIDTH = 160
 
 app = typer.Typer(
     name="attn-hooks",
@@ -185,7 +185,7 @@ def compare(
     McNemar's exact test.
     """
     from attn_eval.comparison import compare_results, left_out
-    from attn_eval.report import cells_of
+    from attn_eval.report import console_table
     from attn_eval.run_log import load_results
 
     runs = load_results(first), load_results(second)
@@ -195,25 +195,10 @@ def compare(
         return
     if not compared:
         raise EvaluationError(f"{first} and {second} have no metric in common")
-    table = Table(title=f"{first} -> {second}")
-    for column in (
-        "task",
-        "length",
-        "metric",
-        "n",
-        "first",
-        "second",
-        "difference",
-        "95 % interval",
-        "lost/won",
-        "McNemar p",
-    ):
-        table.add_column(column)
-    for entry in compared:
-        shown = {"samples": "", **entry, "baseline": entry["first"], "edited": entry["second"]}
-        table.add_row(*cells_of(shown))
+    # Not every entry is paired, and only then is it known how many samples it rests on.
+    rows = [{"samples": "", **entry, "baseline": entry["first"], "edited": entry["second"]} for entry in compared]
     console = _out()
-    console.print(table)
+    console.print(console_table(rows, f"{first} -> {second}", runs=("first", "second")))
     for name, folder, results in zip(("first", "second"), (first, second), runs, strict=True):
         edits = ", ".join(edit["method"] for edit in results["edits"]) or "no edits"
         console.print(f"{name}: {escape(str(folder))} ({escape(results['recipe']['name'])}; {edits})", soft_wrap=True)
@@ -264,7 +249,7 @@ def _silence_loading_bars() -> None:
 
 def _out() -> Console:
     # Piped into a file, a table must not be folded at the 80 columns that rich assumes there.
-    return Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "160")))
+    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
 
 
 def _describe(method: Any) -> dict[str, Any]:

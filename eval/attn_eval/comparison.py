@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from attn_eval.results import BASELINE, EDITED
+from attn_eval.results import ALL_LENGTHS, ALL_TASKS, BASELINE, EDITED
 from attn_eval.statistics import compare_paired
+
+SAMPLE_METRICS = ("score", "nats_per_token")
 
 
 def compare_results(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, Any]]:
     """The metrics that both runs have, the second less the first.
 
     A run's value is that of its edited half, or of the baseline where the recipe has no edits. Paired statistics are
-    given for scores where both runs have the same data (by hash) and the same sample ids; elsewhere the samples
-    differ, and only the plain difference can be said.
+    given for scores and nats a token where both runs have the same data (by hash) and the same sample ids; elsewhere
+    only the plain difference can be said.
 
     Returns:
         Records with task, length, metric, ``first``, ``second``, ``difference``, ``paired`` (bool) and, where paired,
@@ -30,11 +32,12 @@ def compare_results(first: dict[str, Any], second: dict[str, Any]) -> list[dict[
         values = ours[key][runs[0]], metric[runs[1]]
         entry: dict[str, Any] = dict(zip(("task", "length", "metric"), key, strict=True))
         entry |= {"first": values[0], "second": values[1], "difference": values[1] - values[0], "paired": False}
-        strata = _same_samples(first, second, runs, *key) if metric["metric"] == "score" else None
+        strata = _same_samples(first, second, runs, *key)
         if strata:
             paired = asdict(compare_paired(*strata, seed=second["seeds"]["bootstrap"]))
-            statistics = ("samples", "interval", "right_to_wrong", "wrong_to_right", "mcnemar_p")
-            entry |= {"paired": True, **{name: paired[name] for name in statistics}}
+            # A likelihood is never right or wrong, so it has no flips.
+            flips = ("right_to_wrong", "wrong_to_right", "mcnemar_p") if metric["metric"] == "score" else ()
+            entry |= {"paired": True, **{name: paired[name] for name in ("samples", "interval", *flips)}}
         compared.append(entry)
     return compared
 
@@ -58,28 +61,32 @@ def _run_of(results: dict[str, Any]) -> str:
 def _same_samples(
     first: dict[str, Any], second: dict[str, Any], runs: list[str], task: str, length: int | str, metric: str
 ) -> tuple[list[list[float]], list[list[float]]] | None:
-    """The scores of both runs, a list for each task, or None if the data are not the same."""
-    scored = [_scores(results, run) for results, run in zip((first, second), runs, strict=True)]
-    if task == "average":
-        names = [name for name in scored[0] if name in scored[1]]
-        if set(scored[0]) != set(scored[1]):
-            return None
-    else:
-        names = [task]
+    """What both runs' samples have of a metric, a list for each task, or None if the data are not the same."""
+    if metric not in SAMPLE_METRICS:
+        return None
+    measured = [_by_task(results, run, metric) for results, run in zip((first, second), runs, strict=True)]
+    if task == ALL_TASKS and set(measured[0]) != set(measured[1]):
+        return None
     strata: tuple[list[list[float]], list[list[float]]] = ([], [])
-    for name in names:
+    for name in measured[0] if task == ALL_TASKS else [task]:
         if first["tasks"][name]["data_sha256"] != second["tasks"][name]["data_sha256"]:
             return None
-        chosen = [sample for sample, (at, _) in scored[0][name].items() if length in ("all", at)]
-        for scores, stratum in zip(scored, strata, strict=True):
-            stratum.append([scores[name][sample][1] for sample in chosen])
+        chosen = [sample for sample, (at, _) in measured[0][name].items() if length in (ALL_LENGTHS, at)]
+        for values, stratum in zip(measured, strata, strict=True):
+            stratum.append([values[name][sample][1] for sample in chosen])
     return strata
 
 
-def _scores(results: dict[str, Any], run: str) -> dict[str, dict[str, tuple[int, float]]]:
-    """Task label -> sample id -> (length, score), for the tasks that have scores."""
-    scores: dict[str, dict[str, tuple[int, float]]] = {}
+def _by_task(results: dict[str, Any], run: str, metric: str) -> dict[str, dict[str, tuple[int, float]]]:
+    """Task label -> sample id -> (length, value), for the tasks that have the metric."""
+    values: dict[str, dict[str, tuple[int, float]]] = {}
     for sample in results["samples"]:
-        if "score" in sample[run]:
-            scores.setdefault(sample["label"], {})[sample["id"]] = sample["length"], sample[run]["score"]
-    return scores
+        measured = sample[run]
+        if metric == "score" and "score" in measured:
+            value = measured["score"]
+        elif metric == "nats_per_token" and "nll" in measured:
+            value = measured["nll"] / measured["tokens"]
+        else:
+            continue
+        values.setdefault(sample["label"], {})[sample["id"]] = sample["length"], value
+    return values

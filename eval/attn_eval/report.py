@@ -60,10 +60,10 @@ def cells_of(metric: Metric) -> list[str]:
     ]
 
 
-def console_table(metrics: Sequence[Metric], title: str) -> Table:
-    """The metrics as a table for the terminal."""
+def console_table(metrics: Sequence[Metric], title: str, runs: tuple[str, str] = (BASELINE, EDITED)) -> Table:
+    """The metrics as a table for the terminal; ``runs`` heads the two columns of values."""
     table = Table(title=title)
-    for index, column in enumerate(COLUMNS):
+    for index, column in enumerate((*COLUMNS[:4], *runs, *COLUMNS[6:])):
         table.add_column(column, justify="left" if index in (0, 2) else "right", no_wrap=index == 0)
     for metric in metrics:
         table.add_row(*cells_of(metric))

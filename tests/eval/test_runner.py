@@ -147,6 +147,8 @@ def test_two_runs_are_compared_pair_by_pair_where_the_data_agree(
     grid = entries["needle_grid", 512, "score"]
     assert grid["paired"] and (grid["samples"], grid["right_to_wrong"]) == (4, 2)
     assert entries["average", "all", "score"]["samples"] == 11
+    assert entries["perplexity", 256, "nats_per_token"]["paired"]
+    assert entries["perplexity", 256, "nats_per_token"]["interval"][0] != 0.0
     assert not entries["perplexity", 256, "perplexity"]["paired"]
     assert left_out(first, second) == []
 
