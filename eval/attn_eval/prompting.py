@@ -72,13 +72,14 @@ class PromptEncoder:
         ends = [(index, end) for index, (_, end) in enumerate(encoded["offset_mapping"]) if end]
         return tuple(next(index for index, end in ends if end > character) for character in characters)
 
-    def character_of_token(self, text: str, index: int) -> int:
-        """The character of ``text`` at which its token ``index`` begins, special tokens not counted."""
+    def character_at_share(self, text: str, share: float) -> int:
+        """The character of ``text`` behind that share (0.0 to 1.0) of its tokens, special tokens not counted."""
         if not getattr(self.tokenizer, "is_fast", False):
             ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            return len(self.tokenizer.decode(ids[:index], clean_up_tokenization_spaces=False))
-        offsets = self.tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
-        starts = [start for start, _ in offsets["offset_mapping"]]
+            return len(self.tokenizer.decode(ids[: int(len(ids) * share)], clean_up_tokenization_spaces=False))
+        encoded = self.tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+        starts = [start for start, _ in encoded["offset_mapping"]]
+        index = int(len(starts) * share)
         return starts[index] if index < len(starts) else len(text)
 
     def token_count(self, text: str) -> int:

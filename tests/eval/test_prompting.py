@@ -70,4 +70,5 @@ def test_token_positions_of_a_slow_tokenizer_are_counted(tokenizer: Any) -> None
     text = "one two three"
     for encoder in (PromptEncoder(tokenizer), PromptEncoder(Slow())):
         assert encoder.token_positions(text, "", [4, 8]) == (4, 8)
-        assert encoder.character_of_token(text, 5) == 5
+        assert encoder.character_at_share(text, 0.5) == len(text) // 2
+        assert encoder.character_at_share(text, 1.0) == len(text)

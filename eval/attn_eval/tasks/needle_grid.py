@@ -51,8 +51,8 @@ class NeedleGridTask(GenerationTask):
         depth = cell.depth or 0.0
         needle = NEEDLE.format(type="numbers", key=key, value=value)
         text = get_haystack(self.source).words_from(rng if self.start == "random" else None, size)
-        position = cell.encoder.character_of_token(text, int(cell.encoder.token_count(text) * depth / 100))
-        position = len(text) if depth >= 100 else sentence_end_before(text, position)
+        behind = cell.encoder.character_at_share(text, depth / 100)
+        position = behind if depth >= 100 else sentence_end_before(text, behind)
         parts = [text[:position].strip(), needle, text[position:].strip()]
         context = " ".join(part for part in parts if part)
         intro = NIAH_INTRO.format(type="numbers")
