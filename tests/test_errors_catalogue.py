@@ -40,8 +40,8 @@ def _called_name(node: ast.expr | None) -> str | None:
 
 
 def _is_allowed(path: Path, node: ast.Raise) -> bool:
-    if node.exc is None or isinstance(node.exc, ast.Name):
-        # A bare re-raise, or an exception that was caught or made before.
+    if node.exc is None or (isinstance(node.exc, ast.Name) and node.exc.id.islower()):
+        # A bare re-raise, or a variable that holds an exception caught before.
         return True
     name = _called_name(node.exc)
     places = {path.name, path.parent.name}
