@@ -35,7 +35,11 @@ Heads = Annotated[tuple[tuple[NonNegative, NonNegative], ...], BeforeValidator(_
 
 
 def _as_tensor(value: Any) -> Tensor:
-    tensor = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32)
+    """A tensor of the edit's own, so that nobody changes it after it was checked."""
+    try:
+        tensor = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32)
+    except (TypeError, ValueError) as problem:
+        raise ValueError(f"is not a tensor: {problem}") from None
     if not torch.isfinite(tensor).all():
         raise ValueError("holds values that are not finite")
     return tensor
@@ -57,7 +61,9 @@ class Edit(BaseModel):
     single heads), ``needs_lengths`` (counts from a sequence's beginning), ``keeps_state`` (remembers the prompt).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", arbitrary_types_allowed=True, validate_default=True, allow_inf_nan=False
+    )
 
     method: ClassVar[str]
     source: ClassVar[str]
@@ -97,17 +103,10 @@ class Edit(BaseModel):
         if not layers:
             detail = f"it has {model.num_layers} layers"
             raise error("no-layers", method=self.method, model=model.model_class, detail=detail)
+        self.check_layers(layers, model)
         for layer in layers:
-            if layer not in model.layer_indices:
-                raise error(
-                    "layer-out-of-range",
-                    method=self.method,
-                    layer=layer,
-                    model=model.model_class,
-                    layers=_ranges(model.layer_indices),
-                )
+            last = model.layer(layer).num_heads - 1
             for head in self.heads_in(model, layer) or ():
-                last = model.layer(layer).num_heads - 1
                 if head > last:
                     raise error(
                         "head-out-of-range",
@@ -117,6 +116,18 @@ class Edit(BaseModel):
                         model=model.model_class,
                         last=last,
                     )
+
+    def check_layers(self, layers: tuple[int, ...], model: ModelInfo) -> None:
+        """Raises ``EditError`` for the first layer that ``model`` does not have."""
+        for layer in layers:
+            if layer not in model.layer_indices:
+                raise error(
+                    "layer-out-of-range",
+                    method=self.method,
+                    layer=layer,
+                    model=model.model_class,
+                    layers=_ranges(model.layer_indices),
+                )
 
     def refuse_phase(self, call: AttentionCall, reason: str) -> Exception:
         """The error for a phase in which this method is not defined; the caller raises it."""
@@ -129,8 +140,15 @@ class Edit(BaseModel):
             "phase", method=self.method, phase=names[call.phase], layer=call.layer, model=call.model, reason=reason
         )
 
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and all(_same(value, getattr(other, name)) for name, value in self)
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.model_dump_json()))
+
     def __str__(self) -> str:
-        shown = {name: value for name, value in self if value != type(self).model_fields[name].default}
+        defaults = type(self).model_fields
+        shown = {name: value for name, value in self if not _same(value, defaults[name].default)}
         return f"{self.method}({', '.join(f'{name}={_short(value)}' for name, value in shown.items())})"
 
 
@@ -142,6 +160,12 @@ def explain_validation(invalid: ValidationError) -> str:
         given = "" if problem["type"] == "missing" else f" (got {_short(problem['input'])})"
         parts.append(f"{place}: {problem['msg']}{given}")
     return "; ".join(parts)
+
+
+def _same(first: object, second: object) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.equal(first, second)
+    return not isinstance(first, Tensor) and not isinstance(second, Tensor) and first == second
 
 
 def _short(value: object) -> str:

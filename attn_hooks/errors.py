@@ -61,6 +61,13 @@ CATALOGUE: dict[str, Entry] = {
         "flash_attention_*, flex_attention, paged and hub kernels get packed inputs or opaque masks.",
         "Switch to 'sdpa' first: on a GPU it runs the same flash kernels.",
     ),
+    "backend-drops": Entry(
+        UnsupportedModelError,
+        "{model}: its attention needs {argument}, which the backend {backend!r} drops in silence in this version of "
+        "transformers. Call model.set_attn_implementation('eager') before wrapping.",
+        "transformers up to 5.17 lets Gemma 2 run on sdpa without its softcap; edited and unedited layers would differ.",
+        "Switch to 'eager' first, or update transformers.",
+    ),
     "backend-branch": Entry(
         UnsupportedModelError,
         "{model}: {module_class} takes another path for an attention implementation that it does not know by name, so "
@@ -203,10 +210,9 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "tensor-parallel": Entry(
         UnsupportedModelError,
-        "{model}, layer {layer}: the call has {local} of {total} query heads and the shard cannot be told from the "
-        "weights of {module_class}, so head indices would hit the wrong heads.",
-        "A tensor-parallel plan other than a contiguous split of q_proj over heads.",
-        "Use a plan that shards q_proj by heads, or run on one device.",
+        "{model}, layer {layer}: {detail}.",
+        "The tensor-parallel plan does not split q_proj, k_proj and v_proj into whole, contiguous heads on each rank.",
+        "Use a plan and a number of ranks that do (it must divide the key and value heads), or run on one device.",
     ),
     "context-parallel": Entry(
         UnsupportedArgumentError,

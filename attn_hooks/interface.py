@@ -131,8 +131,9 @@ def _edited(
     output = head_affine(output, primitives)
     moved = moved_mass(inputs, primitives, recomputed) if len(recomputed) else [None] * len(primitives)
     phase = _phase(sequence, inputs)
+    rows = _query_valid(sequence, inputs).sum()
     for owner, primitive, mass in zip(owners, primitives, moved, strict=True):
-        plan.recorder.record(owner, primitive, phase, plan.layer.index, heads, inputs, mass)
+        plan.recorder.record(owner, primitive, phase, plan.layer.index, heads, rows, mass)
     return output.transpose(1, 2).contiguous(), weights
 
 
@@ -141,8 +142,6 @@ def _collect(
 ) -> tuple[list[Primitive], list[int]]:
     """The primitives of all edits of the layer and, beside each, which edit it belongs to."""
     start = int(inputs.key_index[0])
-    valid = sequence.layout.valid
-    query_valid = valid[:, sequence.layout.length - inputs.num_queries :]
     kinds = sequence.layout.kinds[:, start : start + inputs.num_keys]
     kinds = functional.pad(kinds, (0, inputs.num_keys - kinds.shape[1]))
     primitives: list[Primitive] = []
@@ -157,7 +156,7 @@ def _collect(
             phase=_phase(sequence, inputs),
             layout=sequence.layout,
             key_kinds=kinds,
-            query_valid=query_valid,
+            query_valid=_query_valid(sequence, inputs),
             prompt_length=sequence.prompt_length,
             state=sequence.state_of((plan.key, position, plan.layer.index)),
             earlier=list(primitives),
@@ -243,6 +242,11 @@ def _with_position_bias(inputs: AttentionInputs, position_bias: Tensor) -> Atten
     visible = inputs.visible(slice(0, inputs.num_queries))
     bias = position_bias if inputs.bias is None else position_bias + inputs.bias
     return replace(inputs, mask=None, bias=torch.where(visible, bias, torch.finfo(bias.dtype).min))
+
+
+def _query_valid(sequence: SequenceState, inputs: AttentionInputs) -> Tensor:
+    """``(B, N)`` bool: queries that are real tokens."""
+    return sequence.layout.valid[:, sequence.layout.length - inputs.num_queries :]
 
 
 def _phase(sequence: SequenceState, inputs: AttentionInputs) -> Phase:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from attn_hooks.errors import AttnHooksError, error
+from attn_hooks.tensor_parallel import check_shards
 
 HONOURED_BACKENDS = ("sdpa", "eager")
 IMPLEMENTATION_PREFIX = "attn_hooks_"
@@ -158,16 +159,22 @@ def _layer_info(name: str, module: nn.Module, model_class: str) -> LayerInfo:
     group = _number(module, "num_key_value_groups")
     num_kv_heads = num_heads // group if group else _first_number(config, "num_key_value_heads") or num_heads
     head_dim = _first_number(module, "head_dim", "qk_head_dim") or (_number(config, "hidden_size") or 0) // num_heads
+    index = _layer_index(name, module)
+    check_shards(module, num_kv_heads, model_class, index)
     softcap = getattr(module, "attn_logit_softcapping", None)
+    sinks = getattr(module, "sinks", None) is not None
+    if backend == "sdpa" and (softcap is not None or sinks):
+        argument = "softcap" if softcap is not None else "sink logits"
+        raise error("backend-drops", model=model_class, argument=argument, backend=backend)
     return LayerInfo(
-        index=_layer_index(name, module),
+        index=index,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         value_dim=_first_number(module, "v_head_dim") or head_dim,
         sliding_window=_first_number(module, "sliding_window"),
         softcap=float(softcap) if softcap is not None else None,
-        sinks=getattr(module, "sinks", None) is not None,
+        sinks=sinks,
         backend=backend,
         module_name=name,
         module=module,

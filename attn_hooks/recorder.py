@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
-from attn_kernels import AttentionInputs, HeadAffine, Primitive, Tap
+from attn_kernels import HeadAffine, Primitive, Tap
 from torch import Tensor
 
 from attn_hooks.call import Phase
@@ -19,8 +19,12 @@ class EditRecord:
     calls: Counter[Phase] = field(default_factory=Counter)
     layers: set[int] = field(default_factory=set)
     heads: set[tuple[int, int]] = field(default_factory=set)
-    rows: int = 0
+    rows: list[Tensor] = field(default_factory=list)
     moved: list[Tensor] = field(default_factory=list)
+
+    def rows_edited(self) -> int:
+        """Real query rows, summed over calls; padding left out."""
+        return sum(int(rows) for rows in self.rows)
 
     def mass_moved(self) -> float | None:
         """Mean over calls of the share of a row's weight that went elsewhere; None if the edit moves no weight."""
@@ -40,16 +44,16 @@ class Recorder:
         phase: Phase,
         layer: int,
         heads: range,
-        inputs: AttentionInputs,
+        rows: Tensor,
         moved: Tensor | None,
     ) -> None:
-        """Adds one primitive of one call."""
+        """Adds one primitive of one call; ``rows`` is the number of its real queries, still on the device."""
         if isinstance(primitive, Tap):
             return
         record = self.records[position]
         record.calls[phase] += 1
         record.layers.add(layer)
-        record.rows += inputs.query.shape[0] * inputs.num_queries
+        record.rows.append(rows)
         record.heads.update((layer, heads.start + head) for head in _local_heads(primitive, len(heads)))
         if moved is not None:
             record.moved.append(moved.detach())

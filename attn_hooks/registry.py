@@ -85,6 +85,8 @@ def edits_of_recipe(path: Path) -> list[Edit]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as problem:
         raise error("bad-recipe", path=path, detail=problem.strerror or str(problem)) from None
+    except UnicodeDecodeError:
+        raise error("bad-recipe", path=path, detail="not UTF-8 text") from None
     except yaml.YAMLError as problem:
         raise error("bad-recipe", path=path, detail=f"not valid YAML: {problem}") from None
     listed = content.get("edits") if isinstance(content, dict) else None

@@ -125,7 +125,7 @@ def report(model: nn.Module) -> Report:
                 calls=dict(record.calls.items()),
                 layers=tuple(sorted(record.layers)),
                 heads=len(record.heads),
-                rows=record.rows,
+                rows=record.rows_edited(),
                 mass_moved=record.mass_moved(),
             )
         )

@@ -51,6 +51,8 @@ def load_edits(directory: str | Path) -> tuple[Edit, ...]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as problem:
         raise error("bad-saved-edits", path=path, detail=problem.strerror or str(problem)) from None
+    except UnicodeDecodeError:
+        raise error("bad-saved-edits", path=path, detail="not UTF-8 text") from None
     except json.JSONDecodeError as problem:
         raise error("bad-saved-edits", path=path, detail=f"not valid JSON: {problem}") from None
     if not isinstance(content, dict) or not isinstance(content.get("edits"), list):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from attn_hooks.errors import error
@@ -18,18 +19,30 @@ def local_heads(module: nn.Module, query: Tensor, num_heads: int, model: str, la
     local = query.shape[1]
     if local == num_heads:
         return range(num_heads)
-    projection = getattr(module, "q_proj", None)
-    weight = getattr(projection, "weight", None)
+    shards = _shards(module, "q_proj")
+    if shards is not None and num_heads % local == 0:
+        start = shards.get_local_rank() * local
+        return range(start, start + local)
+    detail = (
+        f"the call has {local} of {num_heads} query heads and the weights of {type(module).__name__} do not tell which, "
+        "so an edit would hit the wrong heads"
+    )
+    raise error("tensor-parallel", model=model, layer=layer, detail=detail)
+
+
+def check_shards(module: nn.Module, num_kv_heads: int, model: str, layer: int) -> None:
+    """Raises ``UnsupportedModelError`` if the ranks cannot share the key and value heads; the forward would fail."""
+    shards = _shards(module, "k_proj")
+    if shards is not None and num_kv_heads % shards.size():
+        detail = f"{num_kv_heads} key and value heads cannot be shared by {shards.size()} ranks"
+        raise error("tensor-parallel", model=model, layer=layer, detail=detail)
+
+
+def _shards(module: nn.Module, projection: str) -> DeviceMesh | None:
+    """The mesh over which a projection's outputs are split; None if they are not."""
+    weight = getattr(getattr(module, projection, None), "weight", None)
     if isinstance(weight, DTensor) and weight.device_mesh.ndim == 1:
         placement = weight.placements[0]
-        if isinstance(placement, Shard) and placement.dim == 0 and num_heads % local == 0:
-            start = weight.device_mesh.get_local_rank() * local
-            return range(start, start + local)
-    raise error(
-        "tensor-parallel",
-        model=model,
-        layer=layer,
-        local=local,
-        total=num_heads,
-        module_class=type(module).__name__,
-    )
+        if isinstance(placement, Shard) and placement.dim == 0:
+            return weight.device_mesh
+    return None

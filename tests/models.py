@@ -58,6 +58,8 @@ def gpt_oss() -> PreTrainedModel:
 
 def _built(model_class: type[PreTrainedModel], config: object, dtype: torch.dtype) -> PreTrainedModel:
     torch.manual_seed(0)
+    if model_class in (Gemma2ForCausalLM, GptOssForCausalLM):
+        config._attn_implementation = "eager"
     model = model_class(config).eval().to(dtype)
     # The usual initial scale leaves attention almost uniform, and an edit of it almost without effect.
     for name, parameter in model.named_parameters():

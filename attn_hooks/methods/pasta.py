@@ -20,7 +20,7 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from attn_kernels import LogitMap, Primitive
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from attn_hooks.call import AttentionCall
@@ -29,7 +29,14 @@ from attn_hooks.errors import error
 from attn_hooks.layout import TokenKind
 from attn_hooks.model_info import ModelInfo
 
-Span = tuple[NonNegative, NonNegative]
+
+def _forward(span: tuple[int, int]) -> tuple[int, int]:
+    if span[0] >= span[1]:
+        raise ValueError("a span is (start, stop) with start < stop")
+    return span
+
+
+Span = Annotated[tuple[NonNegative, NonNegative], AfterValidator(_forward)]
 
 
 class PASTA(Edit):

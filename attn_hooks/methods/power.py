@@ -41,6 +41,10 @@ class PowerAttention(Edit):
     def layers_in(self, model: ModelInfo) -> tuple[int, ...]:
         return tuple(layer for layer in super().layers_in(model) if layer not in self.dense_layers)
 
+    def check(self, model: ModelInfo) -> None:
+        super().check(model)
+        self.check_layers(self.dense_layers, model)
+
     def primitives(self, call: AttentionCall) -> list[Primitive]:
         pattern = PowerOfTwoBlocks(self.block, self.window_blocks, self.sink_blocks)
         return [Sparsity(pattern, heads=call.select_heads(self.heads))]

@@ -31,9 +31,7 @@ class SinkScale(Edit):
     scope: ClassVar[Scope] = "per-row"
     head_indexed: ClassVar[bool] = True
 
-    scale: float = Field(
-        default=0.5, ge=0.0, allow_inf_nan=False, description="factor on the sink's weight; 1: identity"
-    )
+    scale: float = Field(default=0.5, ge=0.0, description="factor on the sink's weight; 1: identity")
     sinks: int = Field(default=1, ge=1, description="number of first tokens that form the sink")
     layers: Layers | None = Field(default=None, description="layers edited, from 0; None: all")
     heads: Heads | None = Field(default=None, description="query heads edited, pairs (layer, head); None: all")
