@@ -102,7 +102,7 @@ def test_no_assertion_guards_what_a_user_may_do() -> None:
 
 
 def _narrows_a_type(test: ast.expr) -> bool:
-    return isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.IsNot) or _called_name(test) == "isinstance"
+    return (isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.IsNot)) or _called_name(test) == "isinstance"
 
 
 def test_codes_raised_and_codes_in_the_catalogue_are_the_same() -> None:

@@ -25,7 +25,9 @@ CASES: dict[str, tuple[Edit, ...]] = {
     "ablate": (Ablate(heads={1: [5]}),),
     "head_affine gain": (HeadAffine(gain=gain_at(2, 6, 3.0)),),
     "head_affine offset": (
-        HeadAffine(offset=torch.linspace(-1, 1, NUM_LAYERS * NUM_HEADS * HEAD_DIM).view(NUM_LAYERS, NUM_HEADS, HEAD_DIM)),
+        HeadAffine(
+            offset=torch.linspace(-1, 1, NUM_LAYERS * NUM_HEADS * HEAD_DIM).view(NUM_LAYERS, NUM_HEADS, HEAD_DIM)
+        ),
     ),
     "act": (ACT(beta=0.1, alpha=1.05, heads={2: [5]}),),
     "act on both ranks": (ACT(beta=0.1, alpha=1.05, heads={1: [1, 5], 2: [6]}),),

@@ -51,7 +51,17 @@ from attn_hooks import (
     save_edits,
     wrap,
 )
-from tests.hooks.tiny import ACTING_EDITS, NUM_HEADS, NUM_LAYERS, gain_at, logits, padded_batch, prompt, tiny_config, tiny_llama
+from tests.hooks.tiny import (
+    ACTING_EDITS,
+    NUM_HEADS,
+    NUM_LAYERS,
+    gain_at,
+    logits,
+    padded_batch,
+    prompt,
+    tiny_config,
+    tiny_llama,
+)
 
 SMALL = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -167,7 +177,8 @@ def test_not_wrapped(what: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "nearest"), [("streeming", "streaming"), ("sinkscale", "sink_scale"), ("PASTA", "pasta"), ("xyzzy", "act")]
+    ("given", "nearest"),
+    [("streeming", "streaming"), ("sinkscale", "sink_scale"), ("PASTA", "pasta"), ("xyzzy", "act")],
 )
 def test_unknown_method(given: str, nearest: str) -> None:
     for form in (given, {"method": given}):
@@ -290,7 +301,13 @@ def test_layer_out_of_range(name: str) -> None:
     with pytest.raises(AttnHooksError) as caught:
         wrap(tiny_llama(), make())
     assert_error(
-        caught, "layer-out-of-range", EditError, method, f"layer {NUM_LAYERS}", "LlamaForCausalLM", f"0-{NUM_LAYERS - 1}"
+        caught,
+        "layer-out-of-range",
+        EditError,
+        method,
+        f"layer {NUM_LAYERS}",
+        "LlamaForCausalLM",
+        f"0-{NUM_LAYERS - 1}",
     )
 
 
@@ -499,20 +516,26 @@ def test_cross_attention() -> None:
     model = wrap(tiny_llama(), "streaming")
     with pytest.raises(AttnHooksError) as caught:
         _call_layer(model, keys=2)
-    assert_error(caught, "cross-attention", UnsupportedArgumentError, "LlamaForCausalLM", "layer 0", "2 keys", "streaming")
+    assert_error(
+        caught, "cross-attention", UnsupportedArgumentError, "LlamaForCausalLM", "layer 0", "2 keys", "streaming"
+    )
 
 
 def test_tensor_parallel_shard_that_cannot_be_told() -> None:
     model = wrap(tiny_llama(), Ablate(heads={0: [5]}))
     with pytest.raises(AttnHooksError) as caught:
         _call_layer(model, heads=4)
-    assert_error(caught, "tensor-parallel", UnsupportedModelError, "LlamaForCausalLM", "layer 0", "4 of 8", "LlamaAttention")
+    assert_error(
+        caught, "tensor-parallel", UnsupportedModelError, "LlamaForCausalLM", "layer 0", "4 of 8", "LlamaAttention"
+    )
 
 
 def test_context_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
     model = wrap(tiny_llama(), "streaming")
     own = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *args, **kwargs: own(*args, **kwargs))
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *args, **kwargs: own(*args, **kwargs)
+    )
     with pytest.raises(AttnHooksError) as caught:
         logits(model)
     assert_error(caught, "context-parallel", UnsupportedArgumentError, "LlamaForCausalLM", "streaming")

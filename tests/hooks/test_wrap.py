@@ -287,7 +287,9 @@ def test_gradients_through_an_edited_forward_match_finite_differences(edit: Edit
     direction = torch.randn_like(weight) / weight.numel() ** 0.5
 
     def loss() -> Tensor:
-        return torch.nn.functional.cross_entropy(model(prompt()).logits[:, :-1].flatten(0, 1), prompt()[:, 1:].flatten())
+        return torch.nn.functional.cross_entropy(
+            model(prompt()).logits[:, :-1].flatten(0, 1), prompt()[:, 1:].flatten()
+        )
 
     loss().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
