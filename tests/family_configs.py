@@ -41,6 +41,7 @@ GENERIC_SIZES: dict[str, Any] = {
     "n_ctx": 128,
     "sliding_window": 8,
     "window_size": 8,
+    "local_attention": 8,
     "attention_chunk_size": 8,
     "moe_intermediate_size": 32,
     "num_experts": 4,
@@ -127,7 +128,9 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
         "swa_v_head_dim": 12,
     },
     "dots3_note_vision_encoder": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+    "doge": {"keep_window_size": 8},
     "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma2": {"attn_logit_softcapping": 1.0},
     "gemma3n_text": {
         "intermediate_size": [96] * 4,
         "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
@@ -204,6 +207,9 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
         "shape_embed_dim": 8,
         "shape_vocab_size": 99,
     },
+    "vaultgemma": {"attn_logit_softcapping": 1.0},
+    # Its own loop over chunks takes keys as wide as values only.
+    "xlstm": {"qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
     # Its weight tying needs a second hybrid layer to tie to.
     "zamba": {

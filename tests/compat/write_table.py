@@ -1,0 +1,118 @@
+"""docs/compatibility.md out of the sweep's results: ``python -m tests.compat.write_table`` or ``make compat``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import transformers
+
+from tests.compat.checks import CHECK_NAMES, ERROR_FACTOR, GAIN, FamilyResult, Interface, check_family
+from tests.compat.known_gaps import KNOWN_GAPS
+from tests.families import causal_lm_families
+
+TABLE_PATH = Path(__file__).resolve().parents[2] / "docs" / "compatibility.md"
+
+INTRODUCTION = """\
+# Model families
+
+Measured, not claimed: `make compat` builds a tiny random model of every family in the causal-LM mapping of transformers
+{version}, from the family's own config class, puts edits on it and writes this page. The sizes are in
+`tests/family_configs.py`: two to four layers, one of each kind that the family has (sliding, chunked, linear, full
+attention, experts), grouped-query heads where it has them, windows and top-k small enough to bite on 24 tokens.
+
+{summary}
+
+Checks, all in float32 on CPU, on two prompts of which one is left-padded:
+
+- **identity**: wrapped without an edit, the logits are equal bit for bit.
+- **Regroup**: every third key of every head and layer keeps a quarter of its weight, the rest of the row takes what is
+  freed. The logits match an oracle that builds all N x M weights in float64 and changes them literally
+  (`tests/compat/oracle.py`), within {error_factor:.0f} times what the unedited model errs against the same oracle.
+- **HeadAffine**: one head of the last attention layer times {gain:.0f}, against the same oracle.
+- **generate**: greedy generation under the Regroup, from the padded batch and with a cache: the logits of every new token
+  match the oracle's, and, where the family's own cache is exact, those without a cache.
+- **unwrap**: logits bit for bit as before; no hook, attribute or config left behind, nor after a refused call.
+
+The backend is the one that the family runs on by default: `eager` where it refuses SDPA. "Layers" counts the attention
+modules that a forward on token ids calls; in hybrids the others are linear attention or state space.
+"""
+
+TITLES: dict[Interface, str] = {
+    "no": "Families whose attention does not go through the interface",
+    "no attention": "Families without softmax attention",
+    "not built": "Families that the installed packages cannot build",
+}
+EXPLANATIONS: dict[Interface, str] = {
+    "no": "`wrap()` refuses them and says so.",
+    "no attention": "`wrap()` refuses them and says so.",
+    "not built": "Nothing is known of them.",
+}
+
+
+def pass_rate(results: Sequence[FamilyResult]) -> float:
+    """Share of the families that use the interface which pass every check."""
+    interface = [result for result in results if result.interface == "yes"]
+    return sum(result.passed for result in interface) / len(interface)
+
+
+def render(results: Sequence[FamilyResult]) -> str:
+    """The page's text."""
+    introduction = INTRODUCTION.format(
+        version=transformers.__version__, summary=_summary(results), error_factor=ERROR_FACTOR, gain=GAIN
+    )
+    lines = [introduction, "## Families that use the interface", ""]
+    header = ["family", "model class", "backend", "layers", "identity", "Regroup", "HeadAffine", "generate", "unwrap"]
+    lines += _table([*header, "note"], [_row(result) for result in results if result.interface == "yes"])
+    for interface, title in TITLES.items():
+        rows = [
+            [result.family, result.model_class, "; ".join(result.notes)]
+            for result in results
+            if result.interface == interface
+        ]
+        if rows:
+            lines += ["", f"## {title}", "", EXPLANATIONS[interface], ""]
+            lines += _table(["family", "model class", "why"], rows)
+    return "\n".join(lines) + "\n"
+
+
+def write(results: Sequence[FamilyResult], path: Path = TABLE_PATH) -> None:
+    path.write_text(render(results))
+
+
+def why_not(result: FamilyResult) -> str:
+    """The reason for a row that does not pass: ours if we know it, else what the checks said."""
+    said = dict.fromkeys(message.removeprefix(f"{result.model_class}: ") for message in result.failures.values())
+    return KNOWN_GAPS.get(result.family) or "; ".join(said)
+
+
+def _summary(results: Sequence[FamilyResult]) -> str:
+    def count(interface: Interface) -> int:
+        return sum(result.interface == interface for result in results)
+
+    passed = sum(result.passed for result in results)
+    rows = [
+        ["in the mapping", str(len(results))],
+        ["use transformers' AttentionInterface", str(count("yes"))],
+        ["of these pass every check", f"{passed} ({pass_rate(results):.1%})"],
+        ["do not use the interface", str(count("no"))],
+        ["have no softmax attention", str(count("no attention"))],
+        ["cannot be built here", str(count("not built"))],
+    ]
+    return "\n".join(_table(["families", "number"], rows))
+
+
+def _row(result: FamilyResult) -> list[str]:
+    verdicts = ["fail" if name in result.failures else "pass" for name in CHECK_NAMES]
+    reason = [why_not(result)] if result.failures else []
+    note = "; ".join([*reason, *result.notes])
+    return [result.family, result.model_class, result.backend, str(result.attention_layers), *verdicts, note]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
+
+
+if __name__ == "__main__":
+    write([check_family(family) for family in causal_lm_families()])
