@@ -72,8 +72,15 @@ class ModelInfo:
 
 
 def underlying_model(model: nn.Module) -> nn.Module:
-    """The model itself for what torch.compile returns."""
-    return getattr(model, "_orig_mod", model)
+    """The transformers model inside what torch.compile and PEFT return."""
+    while True:
+        # By structure, since importing either library to ask for its class takes seconds.
+        if "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        elif hasattr(type(model), "get_base_model"):
+            model = model.get_base_model()  # type: ignore[operator]
+        else:
+            return model
 
 
 def inspect_model(model: nn.Module) -> ModelInfo:
@@ -215,7 +222,8 @@ def _closest_attention(model: nn.Module) -> str:
 
 
 def _is_offloaded(model: nn.Module) -> bool:
-    return hasattr(model, "hf_device_map")
+    """Whether accelerate keeps the weights elsewhere between forwards."""
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 def _number(owner: object, name: str) -> int | None:

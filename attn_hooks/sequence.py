@@ -56,6 +56,13 @@ class SequenceTracker:
         embeddings = getattr(decoder, "embed_tokens", None)
         self.rows_per_sequence = len(embeddings) if isinstance(embeddings, nn.ModuleList) else 1
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles start without a sequence in flight."""
+        return vars(self) | {"current": None, "of_positions": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, of_positions=WeakTensorKeyDictionary())
+
     def state_of_call(self, position_ids: Tensor | None) -> SequenceState | None:
         """The state of the forward that a call belongs to.
 

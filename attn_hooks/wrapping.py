@@ -46,6 +46,11 @@ class Wrapping:
     own_configs: dict[str, Any] = field(default_factory=dict)
     hooked: dict[str, tuple[RemovableHandle, RemovableHandle]] = field(default_factory=dict)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A model unpickled in a fresh process needs our names known there."""
+        register()
+        vars(self).update(state)
+
     def install(self, model: nn.Module) -> None:
         register()
         private_configs: dict[int, Any] = {}
@@ -188,7 +193,7 @@ def wrapping_of(model: nn.Module, what: str) -> Wrapping:
 
 
 def _wrapping_of(model: nn.Module) -> Wrapping | None:
-    return getattr(model, WRAPPING_ATTRIBUTE, None)
+    return vars(model).get(WRAPPING_ATTRIBUTE)
 
 
 def _refuse_if_wrapped_elsewhere(model: nn.Module) -> None:
