@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import transformers
 
 from tests.compat.checks import CHECK_NAMES, ERROR_FACTOR, GAIN, FamilyResult, Interface, check_family
@@ -115,4 +116,6 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 if __name__ == "__main__":
+    # Threads that wait for each other take minutes over models this small.
+    torch.set_num_threads(1)
     write([check_family(family) for family in causal_lm_families()])
