@@ -58,7 +58,8 @@ class Edit(BaseModel):
 
     The declarations decide where an edit may run (tensor parallelism, other engines) and in which order edits act:
     ``reads`` and ``writes`` of an attention call, ``scope`` (what one output row depends on), ``head_indexed`` (names
-    single heads), ``needs_lengths`` (counts from a sequence's beginning), ``keeps_state`` (remembers the prompt).
+    single heads), ``needs_lengths`` (counts from a sequence's beginning), ``keeps_state`` (remembers the prompt),
+    ``crosses_layers`` (one layer's answer depends on another's, which pipelines split).
     """
 
     model_config = ConfigDict(
@@ -73,6 +74,7 @@ class Edit(BaseModel):
     head_indexed: ClassVar[bool] = False
     needs_lengths: ClassVar[bool] = True
     keeps_state: ClassVar[bool] = False
+    crosses_layers: ClassVar[bool] = False
 
     def __init__(self, **parameters: Any) -> None:
         try:

@@ -78,7 +78,7 @@ def underlying_model(model: nn.Module) -> nn.Module:
         if "_orig_mod" in model._modules:
             model = model.get_submodule("_orig_mod")
         elif hasattr(type(model), "get_base_model"):
-            model = model.get_base_model()  # type: ignore[operator]
+            model = model.get_base_model()
         else:
             return model
 
