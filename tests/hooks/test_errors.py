@@ -19,6 +19,8 @@ from transformers import (
     BloomForCausalLM,
     FalconConfig,
     FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTJConfig,
@@ -138,6 +140,18 @@ def test_backend_branch() -> None:
     with pytest.raises(AttnHooksError) as caught:
         wrap(GPT2LMHeadModel(config), "streaming")
     assert_error(caught, "backend-branch", UnsupportedModelError, "GPT2LMHeadModel", "GPT2Attention")
+
+
+def test_backend_drops() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=8, intermediate_size=48, **SMALL))
+    # As transformers up to 5.17 chooses by itself; later ones refuse it.
+    model.config._attn_implementation_internal = "sdpa"
+    with pytest.raises(AttnHooksError) as caught:
+        wrap(model, "streaming")
+    assert_error(caught, "backend-drops", UnsupportedModelError, "Gemma2ForCausalLM", "softcap", "'sdpa'", "'eager'")
+    model.config._attn_implementation_internal = "eager"
+    assert torch.isfinite(logits(wrap(model, "streaming"))).all()
 
 
 def test_meta_device() -> None:

@@ -163,52 +163,56 @@ def test_explain_and_inspect_change_nothing() -> None:
     assert snapshot.changes(before, model) == []
 
 
-@pytest.mark.parametrize("first_out", ["outer", "inner"])
-def test_wrapping_a_part_of_a_wrapped_model_leaves_no_trace(first_out: str) -> None:
-    """Refusing the second wrap is as good as keeping the two apart; a leftover is not."""
+def _part(model: Any) -> Any:
+    return model.model
+
+
+def _whole_with_the_same_decoder(model: Any) -> Any:
+    other = tiny_llama(seed=1)
+    other.model = model.model
+    return other
+
+
+def _open_block(model: Any, edit: Edit) -> None:
+    attn_hooks.editing(model, edit).__enter__()
+
+
+@pytest.mark.parametrize("call", [attn_hooks.wrap, _open_block, lambda model, _: attn_hooks.unwrap(model)])
+@pytest.mark.parametrize("relative", [_part, _whole_with_the_same_decoder])
+def test_what_shares_attention_with_a_wrapped_model_is_refused(
+    relative: Callable[[Any], Any], call: Callable[[Any, Edit], Any]
+) -> None:
+    """Two wraps of one attention would undo each other in the wrong order; an unwrap that finds nothing would mislead."""
     model = tiny_llama()
-    before, plain = snapshot.take(model), logits(model)
+    other = relative(model)
+    plain, before = logits(model), snapshot.take(model)
     attn_hooks.wrap(model, Ablate(heads={1: [3]}))
-    logits(model)
-    try:
-        attn_hooks.wrap(model.model, SinkScale(scale=4.0))
-    except AttnHooksError as refused:
-        assert "LlamaModel" in str(refused)
-    else:
-        logits(model)
-    for part in (model, model.model) if first_out == "outer" else (model.model, model):
-        attn_hooks.unwrap(part)
+    edited, wrapped = logits(model), snapshot.take(model)
+    with pytest.raises(AttnHooksError) as caught:
+        call(other, SinkScale(scale=4.0))
+    assert caught.value.code == "wrapped-elsewhere"
+    assert type(other).__name__ in str(caught.value)
+    assert snapshot.changes(wrapped, model) == []
+    assert torch.equal(logits(model), edited)
+    attn_hooks.unwrap(model)
     assert snapshot.changes(before, model) == []
+    attn_hooks.wrap(other, Ablate(heads={1: [3]}))
+    assert torch.equal(logits(model), edited)
+    attn_hooks.unwrap(other)
     assert torch.equal(logits(model), plain)
 
 
-def test_unwrapping_a_part_of_a_wrapped_model_is_not_silently_nothing() -> None:
-    """Either the edits end or the call is refused: a user must not believe that they ended."""
-    model = attn_hooks.wrap(tiny_llama(), Ablate(heads={1: [3]}))
-    plain = logits(tiny_llama())
-    try:
-        attn_hooks.unwrap(model.model)
-    except AttnHooksError as refused:
-        assert "LlamaModel" in str(refused)
-    else:
-        assert torch.equal(logits(model), plain)
-
-
-def test_a_decoder_shared_by_two_models_is_not_left_edited() -> None:
-    first = tiny_llama()
-    second = tiny_llama(seed=1)
-    second.model = first.model
-    before = snapshot.take(first)
-    attn_hooks.wrap(first, Ablate(heads={1: [3]}))
-    logits(first)
-    try:
-        attn_hooks.wrap(second, SinkScale(scale=4.0))
-        logits(second)
-        attn_hooks.unwrap(first)
-    except AttnHooksError:
-        attn_hooks.unwrap(first)
-    attn_hooks.unwrap(second)
-    assert snapshot.changes(before, first) == []
+def test_the_whole_around_a_wrapped_part_is_refused() -> None:
+    model = tiny_llama()
+    before = snapshot.take(model)
+    attn_hooks.wrap(model.model, Ablate(heads={1: [3]}))
+    for call in (lambda: attn_hooks.wrap(model, "streaming"), lambda: attn_hooks.unwrap(model)):
+        with pytest.raises(AttnHooksError) as caught:
+            call()
+        assert caught.value.code == "wrapped-elsewhere"
+    logits(model)
+    attn_hooks.unwrap(model.model)
+    assert snapshot.changes(before, model) == []
 
 
 def test_nothing_holds_a_model_after_unwrap() -> None:

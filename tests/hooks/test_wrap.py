@@ -340,6 +340,15 @@ def test_autocast(name: str) -> None:
     assert (given - expected).abs().max() < 4 * error_of_the_plain_model
 
 
+@pytest.mark.parametrize("name", ["act", "head_affine", "sink_scale"])
+def test_a_wrapped_model_may_change_its_dtype(name: str) -> None:
+    model = attn_hooks.wrap(tiny_llama(), ACTING_EDITS[name])
+    logits(model)
+    converted = logits(model.to(torch.bfloat16))
+    assert converted.dtype == torch.bfloat16
+    assert torch.equal(converted, logits(attn_hooks.wrap(tiny_llama().to(torch.bfloat16), ACTING_EDITS[name])))
+
+
 def _in_full_precision(model: Any) -> Tensor:
     with torch.autocast("cpu", enabled=False):
         return logits(model)
