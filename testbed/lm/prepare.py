@@ -8,6 +8,7 @@ The steps (``download``, ``excerpt``, ``tokenizer``, ``tokens``) can also be run
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -69,6 +70,12 @@ def train_tokenizer(documents: list[sources.Document]) -> None:
         clean_up_tokenization_spaces=False,
     )
     wrapped.save_pretrained(MODEL)
+    # The name of the class that transformers 4 and 5 both know.
+    settings_file = MODEL / "tokenizer_config.json"
+    settings = json.loads(settings_file.read_text(encoding="utf-8"))
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings.pop("backend", None)
+    settings_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def sentences_of(text: str) -> list[str]:
