@@ -117,13 +117,16 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 
 @functools.cache
-def check_family(family: Family) -> FamilyResult:
-    """Builds the family's tiny model and runs every check on it; never raises for what a family cannot do."""
+def check_family(family: Family, attn_implementation: str | None = None) -> FamilyResult:
+    """Builds the family's tiny model and runs every check on it; never raises for what a family cannot do.
+
+    ``attn_implementation`` None runs the backend that the family takes by default.
+    """
     with time_limit(TIME_LIMIT_SECONDS), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", attn_hooks.EditNeverActedWarning)
         try:
-            model = build_tiny(family)
+            model = build_tiny(family, attn_implementation)
             called = _attention_calls(family, model)
         except TimeoutError:
             raise
@@ -131,7 +134,7 @@ def check_family(family: Family) -> FamilyResult:
             reason = NOT_BUILT.get(family.name) or _one_line(problem)
             return FamilyResult(family.name, family.model_class_name, "not built", notes=(reason,))
         if called:
-            return _check_interface_family(family, model, called)
+            return _check_interface_family(_FamilyRun(family, model, called, attn_implementation))
         _check_refusal(family, model)
         if family.name in NO_ATTENTION:
             note = "mixes tokens without softmax attention"
@@ -139,10 +142,7 @@ def check_family(family: Family) -> FamilyResult:
         return FamilyResult(family.name, family.model_class_name, "no", notes=(_own_attention(model),))
 
 
-def _check_interface_family(family: Family, model: PreTrainedModel, called: list[str]) -> FamilyResult:
-    module = model.get_submodule(called[0])
-    backend = module.config._attn_implementation
-    run = _FamilyRun(family, model, backend, called)
+def _check_interface_family(run: _FamilyRun) -> FamilyResult:
     checks: dict[CheckName, Callable[[], None]] = {
         "identity": run.identity,
         "regroup": run.regroup,
@@ -161,13 +161,22 @@ def _check_interface_family(family: Family, model: PreTrainedModel, called: list
         finally:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                attn_hooks.unwrap(model)
-    return FamilyResult(family.name, family.model_class_name, "yes", backend, len(called), failures, tuple(run.notes))
+                attn_hooks.unwrap(run.model)
+    family = run.family
+    return FamilyResult(
+        family.name, family.model_class_name, "yes", run.backend, len(run.called), failures, tuple(run.notes)
+    )
 
 
 class _FamilyRun:
-    def __init__(self, family: Family, model: PreTrainedModel, backend: str, called: list[str]) -> None:
-        self.family, self.model, self.backend, self.called = family, model, backend, called
+    """One family's model, what it computes unedited, and the checks on it."""
+
+    def __init__(
+        self, family: Family, model: PreTrainedModel, called: list[str], attn_implementation: str | None
+    ) -> None:
+        self.family, self.model, self.called = family, model, called
+        self.attn_implementation = attn_implementation
+        self.backend: str = model.get_submodule(called[0]).config._attn_implementation
         self.prompt = Prompt(family, model)
         self.notes: list[str] = []
         self.plain = self.prompt.logits(model)
@@ -195,7 +204,7 @@ class _FamilyRun:
         self._compare(self.prompt.logits(self.model), literal, self.plain)
 
     def generate(self) -> None:
-        twin = build_tiny(self.family)
+        twin = build_tiny(self.family, self.attn_implementation)
         with literally(twin, self.backend, LiteralEdit(source=self.prompt.source, keep=KEEP)):
             literal = self._scores(twin, use_cache=True)
         plain = self._scores(self.model, use_cache=True)
@@ -222,7 +231,7 @@ class _FamilyRun:
         assert _traces(self.model) == before, "hooks, attributes or configs are left behind"
 
     def _oracle(self, edit: LiteralEdit, module_name: str | None = None) -> Tensor:
-        twin = build_tiny(self.family)
+        twin = build_tiny(self.family, self.attn_implementation)
         if module_name is not None:
             edit = LiteralEdit(edit.source, edit.keep, twin.get_submodule(module_name), edit.head, edit.gain)
         with literally(twin, self.backend, edit):

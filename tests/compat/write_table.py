@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
 
 from tests.compat.checks import CHECK_NAMES, ERROR_FACTOR, GAIN, FamilyResult, Interface, check_family
-from tests.compat.known_gaps import KNOWN_GAPS
-from tests.families import causal_lm_families
+from tests.compat.known_gaps import KNOWN_GAPS, KNOWN_GAPS_ON_EAGER
+from tests.families import Family, causal_lm_families
 
 TABLE_PATH = Path(__file__).resolve().parents[2] / "docs" / "compatibility.md"
 
@@ -35,8 +36,9 @@ Checks, all in float32 on CPU, on two prompts of which one is left-padded:
   match the oracle's, and, where the family's own cache is exact, those without a cache.
 - **unwrap**: logits bit for bit as before; no hook, attribute or config left behind, nor after a refused call.
 
-The backend is the one that the family runs on by default: `eager` where it refuses SDPA. "Layers" counts the attention
-modules that a forward on token ids calls; in hybrids the others are linear attention or state space.
+The backend is the one that the family runs on by default: `eager` where it refuses SDPA. The column "on eager" repeats
+all checks on eager attention. "Layers" counts the attention modules that a forward on token ids calls; in hybrids the
+others are linear attention or state space.
 """
 
 TITLES: dict[Interface, str] = {
@@ -51,63 +53,97 @@ EXPLANATIONS: dict[Interface, str] = {
 }
 
 
-def pass_rate(results: Sequence[FamilyResult]) -> float:
-    """Share of the families that use the interface which pass every check."""
-    interface = [result for result in results if result.interface == "yes"]
+@dataclass(frozen=True)
+class Row:
+    """One family on its default backend and, where that is another, on eager."""
+
+    default: FamilyResult
+    eager: FamilyResult
+
+    @property
+    def note(self) -> str:
+        """Reasons for what does not pass, ours if we know them, else what the checks said; then remarks."""
+        family = self.default.family
+        reasons = [KNOWN_GAPS.get(family) or said(self.default)] if self.default.failures else []
+        if self.eager.failures and not self.default.failures:
+            reasons.append(KNOWN_GAPS_ON_EAGER.get(family) or f"on eager: {said(self.eager)}")
+        return "; ".join([*reasons, *self.default.notes])
+
+
+def measure(family: Family) -> Row:
+    """All checks on one family."""
+    default = check_family(family)
+    on_other_backend = default.interface == "yes" and default.backend != "eager"
+    return Row(default, check_family(family, "eager") if on_other_backend else default)
+
+
+def said(result: FamilyResult) -> str:
+    """What the failed checks said, each thing once."""
+    messages = (message.removeprefix(f"{result.model_class}: ") for message in result.failures.values())
+    return "; ".join(dict.fromkeys(messages))
+
+
+def pass_rate(rows: Sequence[Row]) -> float:
+    """Share of the families that use the interface which pass every check on their default backend."""
+    interface = [row.default for row in rows if row.default.interface == "yes"]
     return sum(result.passed for result in interface) / len(interface)
 
 
-def render(results: Sequence[FamilyResult]) -> str:
+def render(rows: Sequence[Row]) -> str:
     """The page's text."""
     introduction = INTRODUCTION.format(
-        version=transformers.__version__, summary=_summary(results), error_factor=ERROR_FACTOR, gain=GAIN
+        version=transformers.__version__, summary=_summary(rows), error_factor=ERROR_FACTOR, gain=GAIN
     )
     lines = [introduction, "## Families that use the interface", ""]
     header = ["family", "model class", "backend", "layers", "identity", "Regroup", "HeadAffine", "generate", "unwrap"]
-    lines += _table([*header, "note"], [_row(result) for result in results if result.interface == "yes"])
+    lines += _table([*header, "on eager", "note"], [_cells(row) for row in rows if row.default.interface == "yes"])
     for interface, title in TITLES.items():
-        rows = [
-            [result.family, result.model_class, "; ".join(result.notes)]
-            for result in results
-            if result.interface == interface
+        cells = [
+            [row.default.family, row.default.model_class, row.note]
+            for row in rows
+            if row.default.interface == interface
         ]
-        if rows:
+        if cells:
             lines += ["", f"## {title}", "", EXPLANATIONS[interface], ""]
-            lines += _table(["family", "model class", "why"], rows)
+            lines += _table(["family", "model class", "why"], cells)
     return "\n".join(lines) + "\n"
 
 
-def write(results: Sequence[FamilyResult], path: Path = TABLE_PATH) -> None:
-    path.write_text(render(results))
+def write(rows: Sequence[Row], path: Path = TABLE_PATH) -> None:
+    path.write_text(render(rows))
 
 
-def why_not(result: FamilyResult) -> str:
-    """The reason for a row that does not pass: ours if we know it, else what the checks said."""
-    said = dict.fromkeys(message.removeprefix(f"{result.model_class}: ") for message in result.failures.values())
-    return KNOWN_GAPS.get(result.family) or "; ".join(said)
-
-
-def _summary(results: Sequence[FamilyResult]) -> str:
+def _summary(rows: Sequence[Row]) -> str:
     def count(interface: Interface) -> int:
-        return sum(result.interface == interface for result in results)
+        return sum(row.default.interface == interface for row in rows)
 
-    passed = sum(result.passed for result in results)
-    rows = [
-        ["in the mapping", str(len(results))],
+    passed = sum(row.default.passed for row in rows)
+    passed_on_both = sum(row.default.passed and row.eager.passed for row in rows)
+    counts = [
+        ["in the mapping", str(len(rows))],
         ["use transformers' AttentionInterface", str(count("yes"))],
-        ["of these pass every check", f"{passed} ({pass_rate(results):.1%})"],
+        ["of these pass every check", f"{passed} ({pass_rate(rows):.1%})"],
+        ["of these pass every check on eager, too", str(passed_on_both)],
         ["do not use the interface", str(count("no"))],
         ["have no softmax attention", str(count("no attention"))],
         ["cannot be built here", str(count("not built"))],
     ]
-    return "\n".join(_table(["families", "number"], rows))
+    return "\n".join(_table(["families", "number"], counts))
 
 
-def _row(result: FamilyResult) -> list[str]:
+def _cells(row: Row) -> list[str]:
+    result = row.default
     verdicts = ["fail" if name in result.failures else "pass" for name in CHECK_NAMES]
-    reason = [why_not(result)] if result.failures else []
-    note = "; ".join([*reason, *result.notes])
-    return [result.family, result.model_class, result.backend, str(result.attention_layers), *verdicts, note]
+    on_eager = "pass" if row.eager.passed else "fail"
+    return [
+        result.family,
+        result.model_class,
+        result.backend,
+        str(result.attention_layers),
+        *verdicts,
+        on_eager,
+        row.note,
+    ]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -118,4 +154,4 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 if __name__ == "__main__":
     # Threads that wait for each other take minutes over models this small.
     torch.set_num_threads(1)
-    write([check_family(family) for family in causal_lm_families()])
+    write([measure(family) for family in causal_lm_families()])
