@@ -186,4 +186,4 @@ def generation_arguments(family: Family) -> dict[str, Any]:
     """What generate() needs for this family beside the prompt."""
     if family.name not in ROW_FOR_EACH_CODEBOOK:
         return {}
-    return {"decoder_start_token_id": FIRST_ORDINARY_TOKEN, "num_return_sequences": 1}
+    return {"decoder_start_token_id": VOCAB_SIZE - 1, "num_return_sequences": 1}

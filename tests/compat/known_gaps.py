@@ -11,7 +11,6 @@ KNOWN_GAPS: dict[str, str] = {
 # Families that pass on SDPA and not on eager.
 KNOWN_GAPS_ON_EAGER: dict[str, str] = {
     "minimax_m3_vl_text": "it selects blocks by the padding's states too, and on eager those are arbitrary",
-    "musicgen": "its own generate() fails on eager, unedited too, when it draws the token that it pads with",
 }
 
 # Families of which no model can be built, so that nothing is known.
