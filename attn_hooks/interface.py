@@ -61,6 +61,8 @@ WITHOUT_INFLUENCE = {
     "return_dict",
     "use_cache",
 }
+# Measuring the mass that moved costs as much as a decode step itself.
+DECODE_STEPS_PER_MEASURE = 16
 _sdpa_at_import = functional.scaled_dot_product_attention
 
 
@@ -129,8 +131,9 @@ def _edited(
         wanted = kwargs.get("output_attentions") or getattr(plan.own_config, "output_attentions", False)
         weights = edited_weights(inputs, weight_edits) if wanted else None
     output = head_affine(output, primitives)
-    moved = moved_mass(inputs, primitives, recomputed) if len(recomputed) else [None] * len(primitives)
     phase = _phase(sequence, inputs)
+    measured = len(recomputed) > 0 and (phase != "decode" or sequence.past % DECODE_STEPS_PER_MEASURE == 0)
+    moved = moved_mass(inputs, primitives, recomputed) if measured else [None] * len(primitives)
     rows = _query_valid(sequence, inputs).sum()
     for owner, primitive, mass in zip(owners, primitives, moved, strict=True):
         plan.recorder.record(owner, primitive, phase, plan.layer.index, heads, rows, mass)

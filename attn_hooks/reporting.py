@@ -45,7 +45,8 @@ class Explanation:
 
 @dataclass(frozen=True)
 class EditReport:
-    """What one edit did. ``mass_moved``: mean share of a row's weight that went elsewhere, on the last 16 rows a call."""
+    """What one edit did. ``mass_moved``: mean share of a row's weight that went elsewhere, on the last 16
+    rows of a call; in decode every 16th step is measured."""
 
     method: str
     parameters: dict[str, Any]
