@@ -329,6 +329,15 @@ class RowMaker:
         self.add_questions(row, questions)
         return row
 
+    def many_values(self, length: int) -> Row:
+        """A few keys, each with several values: all of a key's values are asked for."""
+        most = max(2, min(24, length // 130))
+        values = self.rng.randint(2, min(5, most))
+        keys = self.rng.randint(1, max(1, min(4, most // values)))
+        kind = self.rng.choices(["numbers", "words"], [85, 15])[0]
+        haystack = self.rng.choices(["text", "noise"], [80, 20])[0]
+        return self.needles(haystack, length, keys=keys, values=values, value=kind, key="word")
+
     def _queries(
         self, keys: list[str], values_a_key: int, length: int, fixed: dict[str, int | str]
     ) -> list[list[str]]:
@@ -575,6 +584,7 @@ TASKS: dict[str, Callable[[RowMaker, int], Row]] = {
     "needles_in_text": lambda maker, length: maker.needles("text", length),
     "needles_in_noise": lambda maker, length: maker.needles("noise", length),
     "needles_in_needles": lambda maker, length: maker.needles("needles", length),
+    "many_values": RowMaker.many_values,
     "pass_key": RowMaker.pass_key,
     "key_value": RowMaker.key_value,
     "variable_tracking": RowMaker.variable_tracking,
