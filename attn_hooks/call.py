@@ -33,6 +33,7 @@ class AttentionCall:
     heads: range
     phase: Phase
     layout: TokenLayout
+    image_token_id: int | None
     key_kinds: Tensor  # (B, M) uint8
     query_valid: Tensor  # (B, N) bool
     prompt_length: int | None

@@ -162,6 +162,12 @@ CATALOGUE: dict[str, Entry] = {
         "The method reads or writes the keys of an image.",
         "Use a vision-language model, or a method without image tokens.",
     ),
+    "no-image-in-prompt": Entry(
+        EditError,
+        "{method} needs the image's tokens, and no prompt of this call to {model} holds the image token {image_token_id}.",
+        "A prompt without an image, or embeddings given in place of token ids.",
+        "Give the prompt its image and its token ids, or leave the edit out for text.",
+    ),
     "cannot-compose": Entry(
         EditError,
         "{first} and {second} cannot stand together: {reason}.",

@@ -158,6 +158,7 @@ def _collect(
             heads=heads,
             phase=_phase(sequence, inputs),
             layout=sequence.layout,
+            image_token_id=plan.model.image_token_id,
             key_kinds=kinds,
             query_valid=_query_valid(sequence, inputs),
             prompt_length=sequence.prompt_length,

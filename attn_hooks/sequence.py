@@ -50,6 +50,7 @@ class SequenceTracker:
         self.model = model
         self.key = uuid4().hex
         self.parameters = list(inspect.signature(decoder.forward).parameters)
+        self.outer_tokens: Tensor | None = None
         self.current: SequenceState | None = None
         self.of_positions: MutableMapping[Tensor, SequenceState] = WeakTensorKeyDictionary()
         # MusicGen's decoder takes its codebooks as rows of input_ids; they are one sequence.
@@ -58,7 +59,7 @@ class SequenceTracker:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start without a sequence in flight."""
-        return vars(self) | {"current": None, "of_positions": None}
+        return vars(self) | {"current": None, "of_positions": None, "outer_tokens": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, of_positions=WeakTensorKeyDictionary())
@@ -76,6 +77,11 @@ class SequenceTracker:
             self.of_positions[position_ids] = self.current
         return self.current
 
+    def before_outer_forward(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the whole model: a vision-language model gives its decoder embeddings, not tokens."""
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        self.outer_tokens = tokens if isinstance(tokens, Tensor) else None
+
     def before_forward(self, _decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the decoder."""
         given = dict(zip(self.parameters, args, strict=False)) | kwargs
@@ -89,6 +95,9 @@ class SequenceTracker:
         if tokens is not None and self.rows_per_sequence > 1:
             tokens = new = tokens[:: self.rows_per_sequence]
         batch, length = new.shape[:2]
+        if tokens is None and self.outer_tokens is not None and self.outer_tokens.shape == (batch, length):
+            tokens = self.outer_tokens
+        self.outer_tokens = None
         self._refuse_packed(given, past)
         valid = _valid_tokens(given.get("attention_mask"), batch, past + length, new.device)
         new_valid = torch.ones(batch, length, dtype=torch.bool, device=new.device)

@@ -44,7 +44,7 @@ class Wrapping:
     key: str = field(default_factory=lambda: uuid4().hex)
     trackers: dict[str, SequenceTracker] = field(default_factory=dict)
     own_configs: dict[str, Any] = field(default_factory=dict)
-    hooked: dict[str, tuple[RemovableHandle, RemovableHandle]] = field(default_factory=dict)
+    hooked: dict[str, list[RemovableHandle]] = field(default_factory=dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A model unpickled in a fresh process needs our names known there."""
@@ -75,9 +75,9 @@ class Wrapping:
                 layer.module.config = self.own_configs[layer.module_name]
             if hasattr(layer.module, PLAN_ATTRIBUTE):
                 delattr(layer.module, PLAN_ATTRIBUTE)
-        for before, after in self.hooked.values():
-            before.remove()
-            after.remove()
+        for handles in self.hooked.values():
+            for handle in handles:
+                handle.remove()
         self.own_configs, self.hooked = {}, {}
         delattr(model, WRAPPING_ATTRIBUTE)
 
@@ -99,10 +99,13 @@ class Wrapping:
             self.trackers[name] = SequenceTracker(decoder, self.info)
         if name not in self.hooked:
             tracker = self.trackers[name]
-            self.hooked[name] = (
+            self.hooked[name] = [
                 decoder.register_forward_pre_hook(tracker.before_forward, with_kwargs=True),
                 decoder.register_forward_hook(tracker.after_forward),
-            )
+            ]
+            if decoder is not model:
+                outer = model.register_forward_pre_hook(tracker.before_outer_forward, with_kwargs=True)
+                self.hooked[name].append(outer)
         return self.trackers[name]
 
 

@@ -83,6 +83,10 @@ class PASTA(Edit):
     def _highlighted(self, call: AttentionCall) -> Tensor:
         """Bool ``(B, M)``: keys inside the spans of their prompt."""
         if self.spans == "image":
+            if not (call.layout.kinds >= TokenKind.IMAGE).any():
+                raise error(
+                    "no-image-in-prompt", method=self.method, model=call.model, image_token_id=call.image_token_id
+                )
             return call.key_kinds >= TokenKind.IMAGE
         position = call.inputs.key_position.expand(call.batch, -1)
         highlighted = torch.zeros_like(position, dtype=torch.bool)
