@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -103,6 +104,7 @@ def info(
             "layers": layers,
             "accepted": accepted,
             "refused": refusals,
+            "left_alone": found.left_alone,
         }
         print(json.dumps(described, indent=2))
         return
@@ -113,6 +115,8 @@ def info(
         f"be edited; image tokens: {image}"
     )
     console.print(_layer_table(layers))
+    for reason, count in Counter(found.left_alone.values()).items():
+        console.print(f"left alone: {count} attention module{'s' if count > 1 else ''} ({escape(reason)})")
     console.print(f"methods that fit: {', '.join(accepted) or 'none'}")
     for name, reason in refusals.items():
         console.print(f"refused: [bold]{name}[/bold]: {escape(reason)}")

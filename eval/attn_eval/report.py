@@ -143,8 +143,8 @@ def draw_heat_map(grid: Sequence[dict[str, Any]], runs: Sequence[str], title: st
                     shade = "black" if value > 0.5 else "white"
                     axis.text(column, row, f"{value:.2f}", ha="center", va="center", color=shade, fontsize=7)
     axes[0].set_ylabel("depth of the needle (%)")
-    samples = sorted({cell["samples"] for cell in grid})
-    figure.suptitle(f"{title}, {samples[0]} samples a cell", fontsize=10)
+    samples = grid[0]["samples"]
+    figure.suptitle(f"{title}, {samples} sample{'s' if samples > 1 else ''} a cell", fontsize=10)
     figure.colorbar(image, ax=list(axes), label="share found")
     figure.savefig(path, dpi=150, bbox_inches="tight")
 

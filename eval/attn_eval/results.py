@@ -10,7 +10,7 @@ from typing import Any
 from attn_eval.perplexity import PerplexityTask, Window, WindowScore, summarise
 from attn_eval.rows import Row
 from attn_eval.run_log import Record
-from attn_eval.statistics import bootstrap_interval, compare_paired
+from attn_eval.statistics import compare_paired, interval_of
 from attn_eval.tasks import GenerationTask, TaskSettings
 from attn_eval.tasks.needle_grid import NeedleGridTask
 
@@ -109,7 +109,7 @@ def _paired(scores: dict[str, list[list[float]]], runs: Sequence[str], seed: int
     if EDITED in runs:
         return asdict(compare_paired(scores[BASELINE], scores[EDITED], seed))
     means = [_mean(stratum) for stratum in scores[BASELINE]]
-    interval = bootstrap_interval(scores[BASELINE], seed)
+    interval = interval_of(scores[BASELINE], seed)
     return {"samples": sum(map(len, scores[BASELINE])), "baseline": _mean(means), "baseline_interval": interval}
 
 
@@ -128,7 +128,7 @@ def _likelihood_metrics(
             # Windows of one length score nearly the same number of tokens, so their means are resampled as equals.
             pairs = zip(scores[BASELINE], scores[EDITED], strict=True)
             gaps = [after.nll / after.tokens - before.nll / before.tokens for before, after in pairs]
-            metric["interval"] = bootstrap_interval([gaps], seed)
+            metric["interval"] = interval_of([gaps], seed)
         metrics.append(metric)
     return metrics
 

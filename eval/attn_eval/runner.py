@@ -90,8 +90,9 @@ def run_recipe(
     prepared = _prepare(tasks, encoder, recipe.seed, console)
     if save_data:
         for task in prepared:
-            rows = [item for item in task.items if isinstance(item, Row)]
-            write_rows(rows, folder / "data" / f"{task.settings.name}.jsonl")
+            if isinstance(task.settings, GenerationTask):
+                rows = [item for item in task.items if isinstance(item, Row)]
+                write_rows(rows, folder / "data" / f"{task.settings.name}.jsonl")
     log = RunLog(folder, _manifest(recipe, model, prepared, limit))
 
     notes = _notes(model, tokenizer, tasks)

@@ -21,7 +21,8 @@ class PairedResult:
         samples: number of pairs.
         baseline, edited: mean scores.
         difference: edited - baseline.
-        interval: 95 % percentile bootstrap interval of the difference, resampling pairs (within each stratum).
+        interval: 95 % percentile bootstrap interval of the difference, resampling pairs (within each stratum). None
+            where a stratum has a single pair: one sample says nothing about spread.
         right_to_wrong, wrong_to_right: samples that lost, or gained, the full score.
         mcnemar_p: exact two-sided p-value of McNemar's test on those flips; 1.0 without flips.
     """
@@ -30,7 +31,7 @@ class PairedResult:
     baseline: float
     edited: float
     difference: float
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
     right_to_wrong: int
     wrong_to_right: int
     mcnemar_p: float
@@ -78,6 +79,11 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def interval_of(strata: Sequence[Sequence[float]], seed: int) -> tuple[float, float] | None:
+    """`bootstrap_interval`, or None where a stratum has fewer than two values."""
+    return bootstrap_interval(strata, seed) if min(map(len, strata)) > 1 else None
+
+
 def compare_paired(baseline: Sequence[Sequence[float]], edited: Sequence[Sequence[float]], seed: int) -> PairedResult:
     """Compare two runs on the same samples.
 
@@ -98,7 +104,7 @@ def compare_paired(baseline: Sequence[Sequence[float]], edited: Sequence[Sequenc
         baseline=means[0],
         edited=means[1],
         difference=means[1] - means[0],
-        interval=bootstrap_interval([[after - before for before, after in stratum] for stratum in pairs], seed),
+        interval=interval_of([[after - before for before, after in stratum] for stratum in pairs], seed),
         right_to_wrong=lost,
         wrong_to_right=gained,
         mcnemar_p=mcnemar_exact(lost, gained),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from attn_eval import cli
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 import attn_hooks
 
@@ -83,6 +84,20 @@ def test_info_needs_no_weights(model_folder: Path, tmp_path: Path, capsys: Any, 
     code, out, _ = call(capsys, monkeypatch, "info", folder)
     assert code == 0
     assert "LlamaForCausalLM, 2 layers" in out
+
+
+def test_info_of_a_vision_language_model_names_its_image_token(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=300)
+    vision = CLIPVisionConfig(**sizes, image_size=28, patch_size=14)
+    LlavaConfig(vision_config=vision, text_config=text, image_token_id=299).save_pretrained(tmp_path)
+    code, out, error = call(capsys, monkeypatch, "info", tmp_path, "--json")
+    assert code == 0, error
+    described = json.loads(out)
+    assert described["image_token_id"] == 299
+    assert [layer["num_heads"] for layer in described["layers"]] == [4, 4]
+    assert len(described["left_alone"]) == 2
+    assert "left alone: 2 attention modules" in call(capsys, monkeypatch, "info", tmp_path)[1]
 
 
 def test_run_then_run_again_then_compare(recipe_file: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:

@@ -46,6 +46,7 @@ def test_compare_paired_counts_flips_of_the_full_score_only() -> None:
     result = compare_paired([[1.0, 1.0, 0.5, 0.0]], [[1.0, 0.5, 1.0, 0.25]], seed=0)
     assert (result.right_to_wrong, result.wrong_to_right, result.samples) == (1, 1, 4)
     assert result.difference == pytest.approx(0.0625)
-    assert result.interval[0] <= result.difference <= result.interval[1]
+    assert result.interval and result.interval[0] <= result.difference <= result.interval[1]
+    assert compare_paired([[1.0]], [[0.0]], seed=0).interval is None
     with pytest.raises(ValueError, match="same samples"):
         compare_paired([[1.0]], [[1.0, 0.0]], seed=0)
