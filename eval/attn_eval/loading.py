@@ -66,7 +66,7 @@ def load_model(model: str, dtype: str, device: str) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise EvaluationError(_unloadable(model, error)) from error
     return loaded.to(torch_device).eval(), tokenizer
 
@@ -90,7 +90,7 @@ def model_skeleton(model: str) -> Any:
         auto_class = AutoModelForCausalLM if causal else AutoModelForImageTextToText
         with torch.device("meta"):
             skeleton = auto_class.from_config(config, dtype=torch.bfloat16)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise EvaluationError(_unloadable(model, error)) from error
     return skeleton.to_empty(device="cpu").eval()
 
@@ -114,7 +114,7 @@ def _require_reachable(source: str) -> None:
 
 def _unloadable(model: str, error: Exception) -> str:
     reason = " ".join(str(error).split())
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and not Path(resolve_model(model)).exists():
         return (
             f"the model {model!r} is neither a folder nor in the local Hugging Face cache, and the hub gave none: "
             f"{_first_sentence(reason)} Download it where there is a network, or use --set model=FOLDER"

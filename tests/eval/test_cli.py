@@ -130,6 +130,18 @@ def test_run_then_run_again_then_compare(recipe_file: Path, tmp_path: Path, caps
     assert "passkey" in out
 
 
+def test_a_model_folder_without_weights_is_one_line(
+    recipe_file: Path, model_folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    folder = tmp_path / "weightless"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((model_folder / name).read_bytes())
+    code, _, error = call(capsys, monkeypatch, "run", recipe_file, "-o", tmp_path / "out", "--set", f"model={folder}")
+    assert code == 2
+    assert "can't be loaded: Error no file named model.safetensors" in error
+
+
 MISTAKES: list[tuple[list[str], str]] = [
     (["run", "no-such-recipe"], "no recipe 'no-such-recipe'"),
     (["run", "RECIPE", "-o", "OUT", "--set", "bath_size=2"], "did you mean 'batch_size'"),

@@ -66,10 +66,9 @@ def test_a_sample_is_the_same_for_any_number_of_samples(name: str, haystack_file
     assert make_rows(task, tokenizer, seed=1) != make_rows(task, tokenizer, seed=2)
 
 
-@pytest.mark.parametrize("name", GENERATION_TASKS)
+# The answers of the others are spread over the whole list.
+@pytest.mark.parametrize("name", [name for name in GENERATION_TASKS if name not in ("common_words", "frequent_words")])
 def test_answer_positions_point_at_the_answers(name: str, haystack_file: str, tokenizer: Any) -> None:
-    if name in ("common_words", "frequent_words"):
-        pytest.skip("the answer is spread over the whole list")
     for row in make_rows(make_task(name, haystack_file), tokenizer):
         ids = PromptEncoder(tokenizer).encode(row.input, row.answer_prefix)
         assert len(row.answer_positions) == len(row.outputs)
