@@ -19,6 +19,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from attn_eval.errors import EvaluationError
 from attn_eval.haystack import HELD_OUT, Haystack, get_haystack
+from attn_eval.prompting import PromptEncoder
 from attn_eval.tasks.base import TaskSettings
 
 POSITIONS_PER_CHUNK = 1024
@@ -103,6 +104,9 @@ class PerplexityTask(TaskSettings):
 
     def haystack_used(self) -> Haystack | None:
         return get_haystack(self.source)
+
+    def items(self, encoder: PromptEncoder, length: int, seed: int) -> list[Any]:
+        return self.windows(encoder.tokenizer, length, self.samples, seed)
 
     def windows(self, tokenizer: Any, length: int, samples: int, seed: int) -> list[Window]:
         """``samples`` windows of ``length`` tokens; window i is the same for any number of them.

@@ -103,10 +103,10 @@ def run_recipe(
         for task in prepared:
             for run in runs:
                 scope = attn_hooks.editing(model, *edits) if run == EDITED else nullcontext(model)
-                notes += _run_task(task, run, scope, model, encoder, recipe, log, progress)
+                _run_task(task, run, scope, model, encoder, recipe, log, progress)
     seconds = time.perf_counter() - started
 
-    results = _results(recipe, model, edits, prepared, log, runs, notes)
+    results = _results(recipe, model, edits, prepared, log, runs, notes + _idle_edits(log))
     results["timing"] = {
         "seconds_of_this_call": seconds,
         "samples_of_earlier_calls": resumed,
@@ -121,14 +121,9 @@ def _prepare(tasks: Sequence[TaskSettings], encoder: PromptEncoder, seed: int, c
     with console.status("making the data") as status:
         for task in tasks:
             status.update(f"making the data of {task.name}")
-            items: list[Any] = []
+            items: list[Row | Window] = []
             for length in task.lengths:
-                if isinstance(task, PerplexityTask):
-                    items += task.windows(encoder.tokenizer, length, task.samples, seed)
-                elif isinstance(task, GenerationTask):
-                    items += task.generate(
-                        encoder.tokenizer, length, task.samples, seed, chat_template=encoder.chat_template
-                    )
+                items += task.items(encoder, length, seed)
             prepared.append(PreparedTask(task, items))
     return prepared
 
@@ -142,13 +137,13 @@ def _run_task(
     recipe: Recipe,
     log: RunLog,
     progress: Progress,
-) -> list[str]:
-    """Run what the log does not hold yet. Returns notes for the reader of the results."""
+) -> None:
+    """Run what the log does not hold yet."""
     name = task.settings.name
     missing = [item for item in task.items if not log.has(run, item.id)]
     bar = progress.add_task(f"{name}, {run}", total=len(task.items), completed=len(task.items) - len(missing))
     if not missing:
-        return []
+        return
     with warnings.catch_warnings():
         # An edit that never acted is said in the results, where it can't be missed.
         warnings.simplefilter("ignore", attn_hooks.EditNeverActedWarning)
@@ -157,14 +152,21 @@ def _run_task(
                 fresh = sum(not log.has(run, record["id"]) for record in records)
                 log.add(records)
                 progress.advance(bar, fresh)
-            if run == BASELINE:
-                return []
-            report = attn_hooks.report(model).to_dict()
-    log.add_report(name, len(missing), report)
+            if run == EDITED:
+                log.add_report(name, len(missing), attn_hooks.report(model).to_dict())
+
+
+def _idle_edits(log: RunLog) -> list[str]:
+    """A note for every task in which an edit was in force and not one call reached it."""
+    calls: dict[tuple[str, str], int] = {}
+    for entry in log.reports():
+        for edit in entry["report"]["edits"]:
+            key = entry["task"], edit["method"]
+            calls[key] = calls.get(key, 0) + sum(edit["calls"].values())
     return [
-        f"{name}: the edit {edit['method']} never acted, so both runs are the baseline"
-        for edit in report["edits"]
-        if not edit["calls"]
+        f"{task}: the edit {method} never acted, so both runs are the baseline"
+        for (task, method), count in calls.items()
+        if not count
     ]
 
 
@@ -196,6 +198,8 @@ def _records(
                 }
                 for row, answer in zip(batch, answers, strict=True)
             ]
+    else:
+        raise TypeError(f"{type(settings).__name__} must derive from GenerationTask or PerplexityTask to be run")
 
 
 def _measure_window(task: PerplexityTask, run: str, model: Any, window: Window) -> Record:

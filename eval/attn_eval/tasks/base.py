@@ -41,6 +41,10 @@ class TaskSettings(BaseModel):
         """The label, or the registry's name where none was given."""
         return self.label or self.task
 
+    @abstractmethod
+    def items(self, encoder: PromptEncoder, length: int, seed: int) -> list[Any]:
+        """All rows (or windows of text) of one length."""
+
     def haystack_used(self) -> Haystack | None:
         """The text that the task reads, or None where it makes up its own."""
         return None
@@ -104,6 +108,9 @@ class GenerationTask(TaskSettings):
     def depths_used(self) -> tuple[float | None, ...]:
         """The cells of a grid over the depth; a single None for a task that draws its own places."""
         return (None,)
+
+    def items(self, encoder: PromptEncoder, length: int, seed: int) -> list[Any]:
+        return self.generate(encoder.tokenizer, length, self.samples, seed, chat_template=encoder.chat_template)
 
     def generate(
         self, tokenizer: Any, length: int, samples: int, seed: int, *, chat_template: bool = False
