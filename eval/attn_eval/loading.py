@@ -99,12 +99,18 @@ def _require_reachable(source: str) -> None:
     """Without a network the hub's client tries for a minute before it gives up: look the hub's name up first."""
     from huggingface_hub import constants, try_to_load_from_cache
 
-    if Path(source).exists() or isinstance(try_to_load_from_cache(source, "config.json"), str):
+    if Path(source).exists():
+        return
+    try:
+        cached = try_to_load_from_cache(source, "config.json")
+    except ValueError as error:
+        raise EvaluationError(f"{source!r} is no folder, and no model id of the hub either: {error}") from error
+    if isinstance(cached, str):
         return
     host = urlsplit(constants.ENDPOINT).hostname
     try:
         if constants.HF_HUB_OFFLINE:
-            raise OSError("HF_HUB_OFFLINE is set.")
+            raise OSError("HF_HUB_OFFLINE is set")
         # Behind a proxy the name is looked up there, not here.
         if not getproxies():
             socket.getaddrinfo(host, None)

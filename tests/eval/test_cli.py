@@ -102,7 +102,7 @@ def test_info_of_a_vision_language_model_names_its_image_token(tmp_path: Path, c
 
 def test_run_then_run_again_then_compare(recipe_file: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    code, out, _ = call(capsys, monkeypatch, "run", recipe_file, "-o", first, "--limit", 2)
+    code, out, _ = call(capsys, monkeypatch, "run", recipe_file, "--out", first, "--limit", 2)
     assert code == 0
     assert "heatmap_needle_grid.png" in out
     assert sorted(path.name for path in first.iterdir()) == [
@@ -148,6 +148,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["run", "RECIPE", "-o", "OUT", "--set", "device=cuda"], "sees no GPU"),
     (["run", "RECIPE", "-o", "OUT", "--set", "model=/no/such/folder"], "no model '/no/such/folder'"),
     (["run", "RECIPE", "-o", "OUT", "--set", "model=meta-llama/Llama-3.1-8B"], "neither a folder nor in the local"),
+    (["run", "RECIPE", "-o", "OUT", "--set", "model=a/b..c"], "no model id of the hub"),
     (["run", "RECIPE", "-o", "OUT", "--set", "model=testbed-ml"], "did you mean 'testbed-lm'"),
     (["run", "RECIPE", "-o", "OUT", "--set", "edits.streaming.windw=2"], "did you mean 'window'"),
     (["run", "RECIPE", "-o", "OUT", "--set", "edits.streaming.layers=[9]"], "layer 9"),
