@@ -100,7 +100,7 @@ def _run(inputs: AttentionInputs, edits: Sequence[Primitive], heads: Tensor | No
     if heads is None:
         heads = torch.arange(inputs.num_heads, device=inputs.query.device)
     batch, num_queries = inputs.query.shape[0], inputs.num_queries
-    # Gathered once; every block reads the same keys.
+    # Once; every block reads the same keys.
     inputs = _select_heads(inputs, heads)
     per_row = max(1, batch * len(heads) * inputs.num_keys)
     rows_per_block = max(1, min(num_queries, SCORES_PER_BLOCK // per_row))
@@ -116,7 +116,7 @@ def _run(inputs: AttentionInputs, edits: Sequence[Primitive], heads: Tensor | No
             if inputs.dropout > 0:
                 weights = dropout(weights, inputs.dropout)
             value = block.columns_of(inputs.value, dim=2).to(weights.dtype)
-            outputs.append((weights @ value).to(inputs.value.dtype))
+            outputs.append(_grouped_matmul(weights, value).to(inputs.value.dtype))
     for reader in readers:
         reader.deliver()
     if not with_output:
@@ -125,7 +125,12 @@ def _run(inputs: AttentionInputs, edits: Sequence[Primitive], heads: Tensor | No
 
 
 def _select_heads(inputs: AttentionInputs, heads: Tensor) -> AttentionInputs:
-    """The same call with one key and value head for each selected query head."""
+    """The same call with the selected query heads only, each with a key and value head of its own.
+
+    With all heads selected nothing is copied, and grouped heads go on sharing theirs.
+    """
+    if len(heads) == inputs.num_heads:
+        return inputs
     kv_heads = inputs.kv_head_of[heads]
     return replace(
         inputs,
@@ -136,6 +141,14 @@ def _select_heads(inputs: AttentionInputs, heads: Tensor) -> AttentionInputs:
         bias=_pick(inputs.bias, heads),
         sink_logits=None if inputs.sink_logits is None else inputs.sink_logits[:, heads],
     )
+
+
+def _grouped_matmul(left: Tensor, right: Tensor) -> Tensor:
+    """``(B, H, n, x) @ (B, K, x, y)`` where H/K consecutive heads share one right side."""
+    batch, num_heads, rows, inner = left.shape
+    groups = num_heads // right.shape[1]
+    shared = left.reshape(batch, right.shape[1], groups * rows, inner) @ right
+    return shared.reshape(batch, num_heads, rows, right.shape[-1])
 
 
 def _pick(per_head: Tensor | None, heads: Tensor) -> Tensor | None:
@@ -201,7 +214,8 @@ class _Block:
         inputs = self.inputs
         compute = _compute_dtype(inputs.query)
         query = inputs.query[:, :, self.rows].to(compute) * inputs.scaling
-        logits = query @ self.columns_of(inputs.key, dim=2).to(compute).transpose(-1, -2)
+        key = self.columns_of(inputs.key, dim=2).to(compute)
+        logits = _grouped_matmul(query, key.transpose(-1, -2))
         if inputs.softcap is not None:
             logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
         if inputs.bias is not None:
