@@ -73,9 +73,10 @@ FAMILIES = {"llama": llama, "mistral": mistral, "gemma2": gemma2, "gpt_oss": gpt
 
 def prompts(batch: int = 3, length: int = 14, seed: int = 0) -> torch.Tensor:
     """Token ids ``(batch, length)`` that start with BOS."""
-    ids = torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (batch, length), generator=generator, device="cpu")
     ids[:, 0] = 1
-    return ids
+    return ids.to(torch.get_default_device())
 
 
 def left_padded(lengths: tuple[int, ...] = (14, 9, 4), seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import attn_hooks
 from attn_hooks import PASTA, EditError
-from tests.models import SIZES
+from tests.models import SIZES, prompts
 
 IMAGE_TOKEN, IMAGE_LENGTH = 60, 4
 
@@ -26,7 +26,7 @@ def llava() -> LlavaForConditionalGeneration:
 
 def prompt() -> dict[str, torch.Tensor]:
     """Two prompts, the second left-padded by 2; the image stands at 3 to 6 and at 1 to 4 of the real tokens."""
-    ids = torch.randint(3, 50, (2, 12), generator=torch.Generator().manual_seed(0))
+    ids = prompts(2, 12) % 47 + 3
     ids[:, 0] = 1
     ids[0, 3:7] = IMAGE_TOKEN
     ids[1, :2] = 0
@@ -34,7 +34,7 @@ def prompt() -> dict[str, torch.Tensor]:
     ids[1, 3:7] = IMAGE_TOKEN
     mask = torch.ones_like(ids)
     mask[1, :2] = 0
-    pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    pixels = torch.linspace(-1, 1, 2 * 3 * 8 * 8).sin().reshape(2, 3, 8, 8)
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
 
 
