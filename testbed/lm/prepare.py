@@ -2,7 +2,8 @@
 
     python testbed/lm/prepare.py all
 
-The steps (``download``, ``excerpt``, ``tokenizer``, ``tokens``) can also be run one by one.
+The steps (``download``, ``excerpt``, ``tokenizer``, ``tokens``) can also be run one by one. ``overlap``, not in ``all``,
+adds to the model's measures how much of the held-out text the training text repeats.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ EXCERPT_FILES = {"king_james": "kjv.txt", "python": "pydoc.txt", "shakespeare": 
 # A sentence ends at . ! or ?, closing quotes and brackets included, where white space follows.
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+")
 LONGEST_SENTENCE = 600
+OVERLAP_WORDS = 8
 
 
 def write_excerpt(documents: list[sources.Document]) -> None:
@@ -123,9 +125,32 @@ def write_tokens(documents: list[sources.Document]) -> None:
     np.savez_compressed(TOKENS, **arrays)
 
 
+def write_overlap(documents: list[sources.Document]) -> None:
+    """The share of held-out runs of words that stand in the training text too, by source, into ``metrics.json``."""
+
+    def runs(document: sources.Document, step: int) -> list[int]:
+        words = document.text.lower().split()
+        return [hash(tuple(words[i : i + OVERLAP_WORDS])) for i in range(0, len(words) - OVERLAP_WORDS, step)]
+
+    trained = {run for document in documents if not document.held_out for run in runs(document, 1)}
+    shares = {}
+    for source in sorted({document.source for document in documents}):
+        held_out = [
+            run
+            for document in documents
+            if document.source == source and document.held_out
+            for run in runs(document, OVERLAP_WORDS)
+        ]
+        shares[source] = round(sum(run in trained for run in held_out) / len(held_out), 4)
+    metrics_file = MODEL / "metrics.json"
+    metrics = json.loads(metrics_file.read_text(encoding="utf-8")) if metrics_file.is_file() else {}
+    metrics["overlap"] = {"words": OVERLAP_WORDS, "by_source": shares}
+    metrics_file.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("steps", nargs="+", choices=("all", "download", "excerpt", "tokenizer", "tokens"))
+    parser.add_argument("steps", nargs="+", choices=("all", "download", "excerpt", "tokenizer", "tokens", "overlap"))
     steps = set(parser.parse_args().steps)
     if steps & {"all", "download"}:
         sources.download(DOWNLOADS)
@@ -136,6 +161,8 @@ def main() -> None:
         train_tokenizer(documents)
     if steps & {"all", "tokens"}:
         write_tokens(documents)
+    if "overlap" in steps:
+        write_overlap(documents)
 
 
 if __name__ == "__main__":
