@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from attn_kernels import AttentionInputs, Primitive, Tap, read_taps
-from attn_kernels.primitives import TapKind
 from torch import Tensor
 
 from attn_hooks.layout import TokenLayout
+from attn_kernels import AttentionInputs, Primitive, Tap, read_taps
+from attn_kernels.primitives import TapKind
 
 Phase = Literal["prefill", "chunk", "decode"]
 """``prefill``: the first forward of a sequence; ``decode``: one more token; ``chunk``: several more tokens at once."""
@@ -52,11 +52,8 @@ class AttentionCall:
         """``(H,)`` bool over the heads of this call for pairs (layer, head); None stays None: all heads."""
         if heads is None:
             return None
-        selected = torch.zeros(len(self.heads), dtype=torch.bool, device=self.device)
-        for layer, head in heads:
-            if layer == self.layer and head in self.heads:
-                selected[head - self.heads.start] = True
-        return selected
+        named = {head for layer, head in heads if layer == self.layer}
+        return torch.tensor([head in named for head in self.heads], device=self.device)
 
     def keys_at(self, positions: Tensor) -> Tensor:
         """A key group ``(B|1, 1, M)`` from a bool tensor over key positions ``(B|1, M)``, padding left out."""

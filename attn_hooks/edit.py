@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from attn_kernels import Primitive
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, WithJsonSchema
 from torch import Tensor
 
 from attn_hooks.call import AttentionCall, Phase
 from attn_hooks.errors import error
 from attn_hooks.model_info import ModelInfo
+from attn_kernels import Primitive
 
 Reads = Literal["query", "key", "value", "weights", "output", "tokens"]
 Writes = Literal["visibility", "logits", "weights", "output"]

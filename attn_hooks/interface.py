@@ -11,15 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from attn_kernels import (
-    AttentionInputs,
-    HeadAffine,
-    Primitive,
-    edited_attention,
-    edited_weights,
-    head_affine,
-    moved_mass,
-)
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
@@ -34,6 +25,16 @@ from attn_hooks.recorder import Recorder
 from attn_hooks.selected_keys import selected_keys_mask
 from attn_hooks.sequence import SequenceState, SequenceTracker
 from attn_hooks.tensor_parallel import local_heads
+from attn_kernels import (
+    AttentionInputs,
+    HeadAffine,
+    Primitive,
+    Tap,
+    edited_attention,
+    edited_weights,
+    head_affine,
+    moved_mass,
+)
 
 PLAN_ATTRIBUTE = "attn_hooks_plan"
 
@@ -136,8 +137,15 @@ def _edited(
     moved = moved_mass(inputs, primitives, recomputed) if measured else [None] * len(primitives)
     rows = _query_valid(sequence, inputs).sum()
     for owner, primitive, mass in zip(owners, primitives, moved, strict=True):
-        plan.recorder.record(owner, primitive, phase, plan.layer.index, heads, rows, mass)
+        if not isinstance(primitive, Tap):
+            plan.recorder.record(owner, phase, plan.layer.index, _heads_edited(plan, owner, heads), rows, mass)
     return output.transpose(1, 2).contiguous(), weights
+
+
+def _heads_edited(plan: LayerPlan, owner: int, heads: range) -> list[int]:
+    """Global indices of the heads of this call that an edit names."""
+    named = dict(plan.edits)[owner].heads_in(plan.model, plan.layer.index)
+    return [head for head in heads if named is None or head in named]
 
 
 def _collect(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from attn_kernels import HeadAffine, Primitive, Tap
 from torch import Tensor
 
 from attn_hooks.call import Phase
@@ -38,36 +38,13 @@ class Recorder:
     records: dict[int, EditRecord]
 
     def record(
-        self,
-        position: int,
-        primitive: Primitive,
-        phase: Phase,
-        layer: int,
-        heads: range,
-        rows: Tensor,
-        moved: Tensor | None,
+        self, position: int, phase: Phase, layer: int, heads: Iterable[int], rows: Tensor, moved: Tensor | None
     ) -> None:
         """Adds one primitive of one call; ``rows`` is the number of its real queries, still on the device."""
-        if isinstance(primitive, Tap):
-            return
         record = self.records[position]
         record.calls[phase] += 1
         record.layers.add(layer)
         record.rows.append(rows)
-        record.heads.update((layer, heads.start + head) for head in _local_heads(primitive, len(heads)))
+        record.heads.update((layer, head) for head in heads)
         if moved is not None:
             record.moved.append(moved.detach())
-
-
-def _local_heads(primitive: Primitive, num_heads: int) -> list[int]:
-    if isinstance(primitive, HeadAffine):
-        touched = torch.zeros(num_heads, dtype=torch.bool)
-        if primitive.replace is not None:
-            touched |= primitive.replace.cpu()
-        if primitive.gain is not None:
-            touched |= (primitive.gain != 1).reshape(-1, num_heads).any(0).cpu()
-        if primitive.offset is not None:
-            touched |= (primitive.offset != 0).any(-1).reshape(-1, num_heads).any(0).cpu()
-        return touched.nonzero().flatten().tolist()
-    selected = getattr(primitive, "heads", None)
-    return list(range(num_heads)) if selected is None else selected.nonzero().flatten().tolist()

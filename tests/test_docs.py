@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import itertools
 import os
 import re
 import shlex
@@ -82,8 +83,9 @@ def shown_outputs(page: str) -> dict[int, Block]:
     blocks = blocks_of(page)
     return {
         first.line: second
-        for first, second in zip(blocks, blocks[1:], strict=False)
-        if (first.language, second.language) == ("python", "text") and not first.excuse
+        for first, second in itertools.pairwise(blocks)
+        if (first.language, second.language) == ("python", "text")
+        and not first.excuse
         # Nothing but the two fences between them.
         and second.line - first.line == first.text.count("\n") + 2
     }
@@ -152,7 +154,9 @@ def test_anchors_resolve(name: str) -> None:
 @every_page
 def test_named_files_exist(name: str) -> None:
     """Paths of the repository in backticks, such as `tests/methods/cases.py`; placeholders are in capitals."""
-    for path in re.findall(r"`((?:attn_hooks|kernels|eval|recipes|tests|bench|testbed|models|docs)/[\w./-]+)`", text_of(name)):
+    for path in re.findall(
+        r"`((?:attn_hooks|kernels|eval|recipes|tests|bench|testbed|models|docs)/[\w./-]+)`", text_of(name)
+    ):
         if not re.search(r"\b[A-Z]{4,}\b", path):
             assert (ROOT / path).exists(), path
 

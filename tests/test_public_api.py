@@ -6,10 +6,10 @@ import importlib
 import inspect
 from types import ModuleType
 
-import attn_kernels
 import pytest
 
 import attn_hooks
+import attn_kernels
 from attn_hooks import Edit
 from attn_hooks.registry import SHIPPED
 

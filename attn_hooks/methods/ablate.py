@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from attn_kernels import HeadAffine, Primitive
 from pydantic import Field
 
 from attn_hooks.call import AttentionCall
 from attn_hooks.edit import Edit, Heads, Reads, Scope, Writes
+from attn_kernels import HeadAffine, Primitive
 
 
 class Ablate(Edit):

@@ -26,7 +26,6 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from attn_kernels import Primitive, Regroup
 from pydantic import Field
 from torch import Tensor
 
@@ -34,6 +33,7 @@ from attn_hooks.call import AttentionCall
 from attn_hooks.edit import Edit, Heads, Layers, Reads, Scope, Writes
 from attn_hooks.errors import error
 from attn_hooks.model_info import ModelInfo
+from attn_kernels import Primitive, Regroup
 
 
 class ACT(Edit):

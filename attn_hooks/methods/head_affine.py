@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from attn_kernels import HeadAffine as HeadAffinePrimitive
-from attn_kernels import Primitive
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -21,6 +19,8 @@ from attn_hooks.call import AttentionCall
 from attn_hooks.edit import Edit, Reads, Scope, TensorField, Writes
 from attn_hooks.errors import error
 from attn_hooks.model_info import ModelInfo
+from attn_kernels import HeadAffine as HeadAffinePrimitive
+from attn_kernels import Primitive
 
 
 class HeadAffine(Edit):

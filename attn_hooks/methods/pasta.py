@@ -19,7 +19,6 @@ import math
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from attn_kernels import LogitMap, Primitive
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from attn_hooks.edit import Edit, Heads, Layers, NonNegative, Reads, Scope, Writ
 from attn_hooks.errors import error
 from attn_hooks.layout import TokenKind
 from attn_hooks.model_info import ModelInfo
+from attn_kernels import LogitMap, Primitive
 
 
 def _forward(span: tuple[int, int]) -> tuple[int, int]:

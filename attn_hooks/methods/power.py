@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from attn_kernels import PowerOfTwoBlocks, Primitive, Sparsity
 from pydantic import Field
 
 from attn_hooks.call import AttentionCall
 from attn_hooks.edit import Edit, Heads, Layers, Reads, Scope, Writes
 from attn_hooks.model_info import ModelInfo
+from attn_kernels import PowerOfTwoBlocks, Primitive, Sparsity
 
 
 class PowerAttention(Edit):

@@ -14,11 +14,11 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
-from attn_kernels import LogitMap, Primitive
 from pydantic import Field
 
 from attn_hooks.call import AttentionCall
 from attn_hooks.edit import Edit, Heads, Layers, Reads, Scope, Writes
+from attn_kernels import LogitMap, Primitive
 
 
 class SinkScale(Edit):

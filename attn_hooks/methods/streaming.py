@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from attn_kernels import Primitive, SinkAndWindow, Sparsity
 from pydantic import Field
 
 from attn_hooks.call import AttentionCall
 from attn_hooks.edit import Edit, Heads, Layers, Reads, Scope, Writes
+from attn_kernels import Primitive, SinkAndWindow, Sparsity
 
 
 class Streaming(Edit):

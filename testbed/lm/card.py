@@ -10,9 +10,7 @@ from typing import Any
 BEGIN, END = "<!-- measured: begin (testbed/lm/evaluate.py card) -->", "<!-- measured: end -->"
 
 
-def write_card(
-    model: Path, bars: Mapping[str, tuple[float | None, float | None]], text_loss_bar: float
-) -> None:
+def write_card(model: Path, bars: Mapping[str, tuple[float | None, float | None]], text_loss_bar: float) -> None:
     """Put the tables between the card's two marks."""
     metrics = json.loads((model / "metrics.json").read_text(encoding="utf-8"))
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((model / "training").glob("run_*.json"))]
@@ -53,8 +51,14 @@ def _retrieval(scores: Mapping[str, Any], bars: Mapping[str, tuple[float | None,
 
 def _text(text: Mapping[str, Any], overlap: Mapping[str, Any], bar: float) -> str:
     rows = [
-        [name, cell["nats_a_token"], cell["bits_a_byte"], cell["tokens"], cell["bytes_a_token"],
-         f"{100 * overlap['by_source'][name]:.1f}"]
+        [
+            name,
+            cell["nats_a_token"],
+            cell["bits_a_byte"],
+            cell["tokens"],
+            cell["bytes_a_token"],
+            f"{100 * overlap['by_source'][name]:.1f}",
+        ]
         for name, cell in text["by_source"].items()
     ]
     total = text["nats_a_token"]

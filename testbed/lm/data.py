@@ -338,9 +338,7 @@ class RowMaker:
         haystack = self.rng.choices(["text", "noise"], [80, 20])[0]
         return self.needles(haystack, length, keys=keys, values=values, value=kind, key="word")
 
-    def _queries(
-        self, keys: list[str], values_a_key: int, length: int, fixed: dict[str, int | str]
-    ) -> list[list[str]]:
+    def _queries(self, keys: list[str], values_a_key: int, length: int, fixed: dict[str, int | str]) -> list[list[str]]:
         """Which keys each question asks for; no key twice, since its answer would stand in an earlier question."""
         rng = self.rng
         left = rng.sample(keys, len(keys))
@@ -402,7 +400,9 @@ class RowMaker:
             self.add_text(row, [line], room)
         else:
             line_tokens = self.encode(f"\n{line}\n")
-            characters = int(0.98 * (room - len(line_tokens) - 12) * len(templates.PASSKEY_NOISE) / len(self.noise_again))
+            characters = int(
+                0.98 * (room - len(line_tokens) - 12) * len(templates.PASSKEY_NOISE) / len(self.noise_again)
+            )
             before = round(self.rng.random() * characters)
             row.add(self.noise(before))
             row.add(line_tokens)
@@ -430,7 +430,9 @@ class RowMaker:
         elif kind == "word":
             draw_key = functools.partial(rng.choice, self.words.nouns)
         question_count = 1 if length <= 256 else rng.randint(1, 4)
-        room = length - 1 - len(self._cached(templates.KEY_VALUE_INTRO)) - question_count * (120 if kind == "uuid" else 46)
+        room = (
+            length - 1 - len(self._cached(templates.KEY_VALUE_INTRO)) - question_count * (120 if kind == "uuid" else 46)
+        )
         lines: list[tuple[str, str]] = []
         pieces: list[Tokens] = []
         taken: set[str] = set()
@@ -455,7 +457,9 @@ class RowMaker:
         self.add_questions(
             row,
             [
-                Question(templates.KEY_VALUE_QUESTION.format(key=key), templates.KEY_VALUE_ANSWER.format(key=key), value)
+                Question(
+                    templates.KEY_VALUE_QUESTION.format(key=key), templates.KEY_VALUE_ANSWER.format(key=key), value
+                )
                 for key, value in asked
             ],
         )
@@ -553,9 +557,7 @@ class RowMaker:
     def frequent_words(self, length: int) -> Row:
         """Coded words by Zipf's law; the three most frequent behind the dots are asked for."""
         ranks = max(length // 50, 5)
-        words = self.draw_distinct(
-            lambda: "".join(self.rng.choices(string.ascii_lowercase, k=6)), ranks
-        )
+        words = self.draw_distinct(lambda: "".join(self.rng.choices(string.ascii_lowercase, k=6)), ranks)
         tokens = [self.encode(" ..."), *(self.encode(" " + word) for word in words[1:])]
         question = Question(templates.FREQUENT_WORDS_QUESTION, templates.FREQUENT_WORDS_ANSWER, " ".join(words[1:4]))
         room = self.room(length, templates.FREQUENT_WORDS_INTRO, [question])

@@ -1,8 +1,8 @@
 """Measure the trained model on held-out text and seeds, and write ``metrics.json`` and the model card's tables.
 
-    python testbed/lm/evaluate.py rows                    # the evaluations' own tasks, as files (needs attn-hooks[eval])
-    python testbed/lm/evaluate.py measure [--model DIR] [--out metrics.json]     # on a GPU if there is one
-    python testbed/lm/evaluate.py card                    # prints the tables into models/testbed-lm/README.md
+python testbed/lm/evaluate.py rows                    # the evaluations' own tasks, as files (needs attn-hooks[eval])
+python testbed/lm/evaluate.py measure [--model DIR] [--out metrics.json]     # on a GPU if there is one
+python testbed/lm/evaluate.py card                    # prints the tables into models/testbed-lm/README.md
 """
 
 from __future__ import annotations
@@ -77,8 +77,9 @@ HEAD_ROWS = 16
 
 def write_rows(label: str) -> str:
     """The rows of one task at all lengths, as the evaluations generate them."""
-    from attn_eval.tasks import build_task
     from transformers import AutoTokenizer
+
+    from attn_eval.tasks import build_task
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     began = time.monotonic()
@@ -143,9 +144,7 @@ class Measurement:
             inputs.pop("token_type_ids", None)
             with self.torch.inference_mode():
                 output = self.model.generate(**inputs, max_new_tokens=part[0]["new_tokens"], do_sample=False)
-            answers += self.tokenizer.batch_decode(
-                output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-            )
+            answers += self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return answers
 
     def text(self) -> dict[str, Any]:
@@ -196,9 +195,11 @@ class Measurement:
         tokens = torch.from_numpy(window).to(self.device)
         with torch.inference_mode():
             logits = self.model(tokens, attention_mask=mask, use_cache=False).logits
-            return torch.nn.functional.cross_entropy(
-                logits[0, :-1].float(), tokens[0, 1:], reduction="none"
-            )[None].cpu().numpy()
+            return (
+                torch.nn.functional.cross_entropy(logits[0, :-1].float(), tokens[0, 1:], reduction="none")[None]
+                .cpu()
+                .numpy()
+            )
 
     def sinks(self) -> dict[str, Any]:
         """The share of attention on BOS, by layer and head, for held-out text, queries from position 256 on."""
@@ -267,9 +268,7 @@ class Measurement:
             row = maker.needles("text", HEAD_LENGTH, keys=8, values=1, queries=1, value="numbers", key="word")
             answer = next(index for index, kind in enumerate(row.kinds) if kind not in (IGNORED, 2))
             value = row.tokens[answer : answer + 8]
-            place = next(
-                index for index in range(answer) if row.tokens[index : index + 8] == value
-            )
+            place = next(index for index in range(answer) if row.tokens[index : index + 8] == value)
             tokens = torch.tensor([row.tokens[: answer + 8]], device=self.device)
             with torch.inference_mode():
                 attentions = self.model(tokens, output_attentions=True, use_cache=False).attentions
@@ -316,9 +315,7 @@ def main() -> None:
     measured.add_argument("--model", type=Path, default=MODEL)
     measured.add_argument("--out", type=Path, default=MODEL / "metrics.json")
     measured.add_argument("--samples", type=int, default=SAMPLES)
-    measured.add_argument(
-        "--only", nargs="+", choices=MEASURES, default=MEASURES
-    )
+    measured.add_argument("--only", nargs="+", choices=MEASURES, default=MEASURES)
     measured.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     measured.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
     measured.add_argument("--add", action="store_true", help="add to what the file holds, in place of a new one")

@@ -1,6 +1,6 @@
 """Write a checkpoint's weights into the model's folder, as one bfloat16 file.
 
-    python testbed/lm/export.py checkpoint
+python testbed/lm/export.py checkpoint
 """
 
 from __future__ import annotations

@@ -23,8 +23,16 @@ class Precision:
 
 
 def project(
-    hidden: Tensor, norm: Tensor, query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: Tensor,
-    head_dim: int, epsilon: float, dtype: torch.dtype,
+    hidden: Tensor,
+    norm: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    head_dim: int,
+    epsilon: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys, rotated, and values, each (tokens, heads, head_dim)."""
     normed = F.rms_norm(hidden, (hidden.shape[-1],), norm, epsilon).to(dtype)
@@ -41,8 +49,15 @@ def project(
 
 
 def finish(
-    hidden: Tensor, attended: Tensor, output: Tensor, norm: Tensor, gate: Tensor, up: Tensor, down: Tensor,
-    epsilon: float, dtype: torch.dtype,
+    hidden: Tensor,
+    attended: Tensor,
+    output: Tensor,
+    norm: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    epsilon: float,
+    dtype: torch.dtype,
 ) -> Tensor:
     """The attention's output projection and the feed-forward block, each with its residual connection."""
     hidden = hidden + F.linear(attended, output.to(dtype)).float()
@@ -80,15 +95,29 @@ class TrainingForward:
         for layer in decoder.layers:
             attention, feed_forward = layer.self_attn, layer.mlp
             states = self.project(
-                hidden, layer.input_layernorm.weight, attention.q_proj.weight, attention.k_proj.weight,
-                attention.v_proj.weight, cosine, sine, head_dim, epsilon, self.dtype,
+                hidden,
+                layer.input_layernorm.weight,
+                attention.q_proj.weight,
+                attention.k_proj.weight,
+                attention.v_proj.weight,
+                cosine,
+                sine,
+                head_dim,
+                epsilon,
+                self.dtype,
             )
             query, key, value = (state.view(rows, length, -1, head_dim).transpose(1, 2) for state in states)
             attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
             hidden = self.finish(
-                hidden, attended.transpose(1, 2).reshape(rows * length, -1), attention.o_proj.weight,
-                layer.post_attention_layernorm.weight, feed_forward.gate_proj.weight, feed_forward.up_proj.weight,
-                feed_forward.down_proj.weight, epsilon, self.dtype,
+                hidden,
+                attended.transpose(1, 2).reshape(rows * length, -1),
+                attention.o_proj.weight,
+                layer.post_attention_layernorm.weight,
+                feed_forward.gate_proj.weight,
+                feed_forward.up_proj.weight,
+                feed_forward.down_proj.weight,
+                epsilon,
+                self.dtype,
             )
         return F.rms_norm(hidden, (hidden.shape[-1],), decoder.norm.weight, epsilon)
 

@@ -63,9 +63,7 @@ def download(folder: Path) -> None:
         if unpacked.is_dir():
             continue
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", package]
-        subprocess.run(
-            [*pip, "--dest", str(folder)], check=True, env={**os.environ, "PIP_CONSTRAINT": str(constraint)}
-        )
+        subprocess.run([*pip, "--dest", str(folder)], check=True, env={**os.environ, "PIP_CONSTRAINT": str(constraint)})
         with tarfile.open(next(folder.glob(f"{package.replace('==', '-')}.tar.gz"))) as archive:
             archive.extractall(folder, filter="data")
     for package in DEBIAN_PACKAGES:

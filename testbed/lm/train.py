@@ -35,12 +35,24 @@ TOKENIZER = ROOT / "models" / "testbed-lm" / "tokenizer.json"
 SHARD_SIZE = "15MB"
 
 SHORT_TASKS = {
-    "running_text": 15, "needles_in_text": 24, "needles_in_noise": 8, "needles_in_needles": 14, "pass_key": 6,
-    "key_value": 20, "variable_tracking": 13,
+    "running_text": 15,
+    "needles_in_text": 24,
+    "needles_in_noise": 8,
+    "needles_in_needles": 14,
+    "pass_key": 6,
+    "key_value": 20,
+    "variable_tracking": 13,
 }
 LONG_TASKS = {
-    "running_text": 30, "needles_in_text": 20, "needles_in_noise": 5, "needles_in_needles": 11, "pass_key": 4,
-    "key_value": 13, "variable_tracking": 12, "common_words": 3, "frequent_words": 2,
+    "running_text": 30,
+    "needles_in_text": 20,
+    "needles_in_noise": 5,
+    "needles_in_needles": 11,
+    "pass_key": 4,
+    "key_value": 13,
+    "variable_tracking": 12,
+    "common_words": 3,
+    "frequent_words": 2,
 }
 # The first run left one ability open, several values of one key: it named three of four.
 SECOND_TASKS = {
@@ -321,7 +333,9 @@ def train(arguments: argparse.Namespace) -> None:
         del batches, loader
         trainer.save(arguments.out)
     final = trainer.measure(rows, text)
-    trainer.curve.append({"seconds": time.monotonic() - began, "step": trainer.step, "tokens": trainer.tokens_seen, **final})
+    trainer.curve.append(
+        {"seconds": time.monotonic() - began, "step": trainer.step, "tokens": trainer.tokens_seen, **final}
+    )
     print("\n".join(f"{key}: {value:.4f}" for key, value in trainer.curve[-1].items()), flush=True)
     trainer.save(arguments.out)
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
-from attn_kernels import Primitive, Regroup
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import attn_hooks
 from attn_hooks.call import AttentionCall
 from attn_hooks.edit import Reads, Scope, Writes
+from attn_kernels import Primitive, Regroup
 from tests.compat.known_gaps import NOT_BUILT
 from tests.compat.oracle import LiteralEdit, literally
 from tests.families import Family, attention_modules, build_tiny, generation_arguments, token_ids

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
-from attn_eval import cli
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 import attn_hooks
+from attn_eval import cli
 
 
 @pytest.fixture

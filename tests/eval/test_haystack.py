@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
+
 from attn_eval.errors import EvaluationError
 from attn_eval.haystack import HELD_OUT, PYTHON_SOURCES, get_haystack
 from attn_eval.tasks.needle_grid import sentence_end_before

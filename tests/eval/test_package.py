@@ -5,8 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import attn_eval
 import pytest
+
+import attn_eval
 
 
 def test_public_names_are_the_ones_meant() -> None:

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
 from attn_eval.errors import EvaluationError
 from attn_eval.haystack import get_haystack
 from attn_eval.perplexity import PerplexityTask, WindowScore, decode_nll, prefill_nll, summarise
-from pydantic import ValidationError
-from transformers import Gemma2Config, Gemma2ForCausalLM
 
 
 def make_task(source: str, **parameters: Any) -> PerplexityTask:

@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import pytest
+
 from attn_eval.errors import EvaluationError
 from attn_eval.prompting import MAX_PROBES, LengthError, PromptEncoder, largest_fitting
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import yaml
-from attn_eval.errors import EvaluationError
-from attn_eval.recipe import Recipe, find_recipe, load_recipe
 
 import attn_hooks
+from attn_eval.errors import EvaluationError
+from attn_eval.recipe import Recipe, find_recipe, load_recipe
 
 SHIPPED = sorted(attn_hooks.recipes_dir().glob("**/*.yaml"))
 FAMILIES = ("testbed-lm", "llama-3.1-8b", "qwen2.5-7b", "gemma-2-2b")

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+
+import attn_hooks
 from attn_eval import generation, runner
 from attn_eval.comparison import compare_results, left_out
 from attn_eval.errors import EvaluationError
@@ -18,9 +21,6 @@ from attn_eval.report import table_markdown
 from attn_eval.rows import Row, read_rows
 from attn_eval.run_log import forget_run, load_results
 from attn_eval.runner import run_recipe
-from rich.console import Console
-
-import attn_hooks
 from tests.eval import oracles
 
 QUIET = Console(quiet=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from attn_eval.scoring import clean, first_integer_match, string_match_all
 
 

@@ -6,6 +6,7 @@ import math
 import random
 
 import pytest
+
 from attn_eval.statistics import bootstrap_interval, compare_paired, mcnemar_exact
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from attn_eval.errors import EvaluationError
 from attn_eval.prompting import LengthError, PromptEncoder
 from attn_eval.rows import Row, data_sha256, read_rows, write_rows
 from attn_eval.tasks import GenerationTask, build_task, task_names
-
 from tests.eval import oracles
 
 LENGTHS = {"common_words": 3000, "variable_tracking": 4096}

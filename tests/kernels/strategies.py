@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
 from attn_kernels import (
     AttentionInputs,
     Gate,
@@ -15,8 +18,6 @@ from attn_kernels import (
     SinkAndWindow,
     Sparsity,
 )
-from hypothesis import strategies as st
-from torch import Tensor
 
 
 @st.composite

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attn_kernels import PowerOfTwoBlocks, SinkAndWindow
 from hypothesis import given
 from hypothesis import strategies as st
+
+from attn_kernels import PowerOfTwoBlocks, SinkAndWindow
 
 
 @given(st.integers(0, 6), st.integers(1, 12))

@@ -252,9 +252,10 @@ class _Block:
         if edit.gate is not None:
             acts = acts & self._gate(edit.gate, weights)
         freed = (1 - keep) * _mass(weights, source)
-        grow = 1 + freed / torch.where(acts, target_mass, 1.0)
-        factor = torch.where(source, keep, torch.where(target, grow, 1.0))
-        return torch.where(acts, weights * factor, weights)
+        # A key's share of the target is at most 1; freed / target_mass would overflow where nearly all mass is the source's.
+        share = weights / torch.where(acts, target_mass, 1.0)
+        edited = torch.where(source, keep * weights, torch.where(target, weights + freed * share, weights))
+        return torch.where(acts, edited, weights)
 
     def _gate(self, gate: Gate, weights: Tensor) -> Tensor:
         mass = _mass(weights, self._group(gate.of))
