@@ -271,7 +271,7 @@ class _Block:
 
     def _per_head(self, value: float | Tensor) -> float | Tensor:
         if isinstance(value, Tensor) and value.ndim:
-            return value.to(self.heads.device)[self.heads][None, :, None, None]
+            return value.to(self.heads.device, _compute_dtype(self.inputs.query))[self.heads][None, :, None, None]
         return value
 
     def _scope(self, heads: Tensor | None, rows: Tensor | None) -> Tensor | None:
