@@ -153,11 +153,11 @@ def test_anchors_resolve(name: str) -> None:
 
 @every_page
 def test_named_files_exist(name: str) -> None:
-    """Paths of the repository in backticks, such as `tests/methods/cases.py`; placeholders are in capitals."""
+    """Paths of the repository in backticks, such as `tests/methods/cases.py`; NAME is a placeholder."""
     for path in re.findall(
         r"`((?:attn_hooks|kernels|eval|recipes|tests|bench|testbed|models|docs)/[\w./-]+)`", text_of(name)
     ):
-        if not re.search(r"\b[A-Z]{4,}\b", path):
+        if "NAME" not in path:
             assert (ROOT / path).exists(), path
 
 
@@ -210,6 +210,13 @@ def test_default_values_stand_in_the_parameter_tables() -> None:
             assert shown, (name, field)
             expected = "required" if about.is_required() else inspect.cleandoc(f"`{about.default!r}`")
             assert shown[1] == expected, (name, field)
+
+
+def test_the_readme_counts_the_families_that_the_table_counts() -> None:
+    counts = re.findall(
+        r"^\| (?:use transformers|of these pass).*? \| (\d+)", text_of("docs/compatibility.md"), re.MULTILINE
+    )
+    assert f"[{counts[1]} of {counts[0]}](docs/compatibility.md)" in text_of("README.md")
 
 
 def write_outputs(names: list[str]) -> None:

@@ -266,6 +266,10 @@ def _describe(method: Any) -> dict[str, Any]:
         "reads": sorted(method.reads),
         "writes": method.writes,
         "scope": method.scope,
+        "head_indexed": method.head_indexed,
+        "needs_lengths": method.needs_lengths,
+        "keeps_state": method.keeps_state,
+        "crosses_layers": method.crosses_layers,
         "parameters": {"properties": schema.get("properties", {}), "required": schema.get("required", [])},
     }
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import attn_hooks
-from attn_hooks import ACT, EditError
+from attn_hooks import ACT, AttentionCall, EditError, TokenKind, TokenLayout
+from attn_kernels import AttentionInputs, Regroup
 from tests.literal import Literal, literal_attention
 from tests.methods.test_shared import decode
 from tests.models import left_padded, llama, prompts
@@ -127,3 +128,46 @@ def test_a_cache_filled_without_it_is_refused() -> None:
     attn_hooks.wrap(model, "act")
     with pytest.raises(EditError, match="no-prefill"):
         model(ids[:, 8:9], past_key_values=cache)
+
+
+@pytest.mark.parametrize("faithful", ["paper", "code"])
+def test_planted_sinks_are_found(faithful: str) -> None:
+    """Keys 5 and 11 carry a direction that every query has: each takes most of the rows from then on.
+
+    The first token carries it, too; it is never a sink of its own accord, and the code's rule spares it as the first found.
+    """
+    length, direction = 40, torch.zeros(8)
+    direction[0] = 4.0
+    query = torch.randn(1, 2, length, 8) * 0.3 + direction
+    key = torch.randn(1, 1, length, 8) * 0.3
+    key[:, :, [0, 5, 11]] += direction
+    index = torch.arange(length)
+    inputs = AttentionInputs(
+        query=query,
+        key=key,
+        value=torch.randn(1, 1, length, 8),
+        scaling=8**-0.5,
+        query_index=index,
+        key_index=index,
+        query_position=index[None],
+        key_position=index[None],
+        key_valid=torch.ones(1, length, dtype=torch.bool),
+    )
+    call = AttentionCall(
+        inputs=inputs,
+        model="planted",
+        layer=2,
+        num_layers=5,
+        heads=range(2),
+        phase="prefill",
+        layout=TokenLayout(torch.full((1, length), TokenKind.TEXT, dtype=torch.uint8)),
+        image_token_id=None,
+        key_kinds=torch.full((1, length), TokenKind.TEXT, dtype=torch.uint8),
+        query_valid=torch.ones(1, length, dtype=torch.bool),
+        prompt_length=length,
+        state={},
+    )
+    (regroup,) = ACT(faithful=faithful).primitives(call)
+    assert isinstance(regroup, Regroup)
+    for head in range(2):
+        assert regroup.source[0, head].nonzero().flatten().tolist() == [5, 11]
