@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 from torch import Tensor
 
 from attn_hooks.call import AttentionCall, Phase
@@ -23,12 +32,15 @@ STAGES: tuple[Writes, ...] = ("logits", "visibility", "weights", "output")
 
 def _head_pairs(value: Any) -> Any:
     """Accepts PASTA's form {layer: [heads]} beside pairs (layer, head)."""
-    if isinstance(value, dict):
-        return tuple((int(layer), head) for layer, heads in value.items() for head in heads)
-    return value
+    if not isinstance(value, dict):
+        return value
+    if not all(isinstance(heads, list | tuple) for heads in value.values()):
+        raise ValueError("give {layer: [head, ...]} or pairs (layer, head)")
+    return tuple((int(layer), head) for layer, heads in value.items() for head in heads)
 
 
-NonNegative = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[int, Field(ge=0, strict=True)]
+Positive = Annotated[int, Field(ge=1, strict=True)]
 Layers = tuple[NonNegative, ...]
 Heads = Annotated[tuple[tuple[NonNegative, NonNegative], ...], BeforeValidator(_head_pairs)]
 """Query heads as pairs (layer, head), both counted from 0 over the whole model, or as {layer: [heads]}."""
@@ -81,6 +93,12 @@ class Edit(BaseModel):
             super().__init__(**parameters)
         except ValidationError as invalid:
             raise error("bad-parameters", method=type(self).method, detail=explain_validation(invalid)) from None
+
+    @model_validator(mode="after")
+    def _layers_or_heads(self) -> Self:
+        if getattr(self, "layers", None) is not None and getattr(self, "heads", None) is not None:
+            raise ValueError("give layers or heads, not both: heads already name their layers")
+        return self
 
     def primitives(self, call: AttentionCall) -> list[Primitive]:
         """The primitives for one call. Never computes attention itself."""

@@ -239,6 +239,12 @@ CATALOGUE: dict[str, Entry] = {
         "Spans belong to prompts: one list of (start, stop) for each, or one list for all.",
         "Pass as many lists as prompts; with beams, one list for each prompt is enough.",
     ),
+    "span-out-of-prompt": Entry(
+        EditError,
+        "{method}: the span ({start}, {stop}) ends after prompt {row}, which has {length} tokens.",
+        "Spans count tokens from each prompt's first real token; these belong to another prompt or tokenizer.",
+        "Take the spans from find_spans() on the very prompt, or set prompt_length for a prompt given in parts.",
+    ),
     "span-not-found": Entry(
         EditError,
         "The text {substring!r} does not stand in the prompt.",

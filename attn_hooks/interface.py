@@ -211,8 +211,9 @@ def _read_call(
     start = max(total - num_keys, 0)
     key_index = start + torch.arange(num_keys, device=query.device)
     query_index = total - num_queries + torch.arange(num_queries, device=query.device)
-    first_real = sequence.layout.first_real.to(query.device)
+    position = sequence.layout.position.to(query.device)
     valid = sequence.layout.valid[:, start : start + num_keys].to(query.device)
+    beyond = num_keys - valid.shape[1]  # of a preallocated cache, still empty
     mask, bias = None, None
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
         attention_mask = attention_mask[..., :num_keys]
@@ -232,9 +233,9 @@ def _read_call(
         scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         query_index=query_index,
         key_index=key_index,
-        query_position=query_index - first_real[:, None],
-        key_position=key_index - first_real[:, None],
-        key_valid=functional.pad(valid, (0, num_keys - valid.shape[1])),
+        query_position=position[:, total - num_queries :],
+        key_position=functional.pad(position[:, start : start + num_keys], (0, beyond), value=total),
+        key_valid=functional.pad(valid, (0, beyond)),
         mask=mask,
         bias=bias,
         causal=bool(getattr(module, "is_causal", True) if is_causal is None else is_causal),

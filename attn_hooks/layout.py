@@ -36,14 +36,11 @@ class TokenLayout:
 
     @property
     def position(self) -> Tensor:
-        """``(B, M)`` long: counted from the first real token; negative on left padding."""
-        index = torch.arange(self.kinds.shape[1], device=self.kinds.device)
-        return index - self.first_real[:, None]
+        """``(B, M)`` long: how many real tokens came before; -1 on left padding.
 
-    @property
-    def first_real(self) -> Tensor:
-        """``(B,)`` long: how many positions stand before the first real token."""
-        return self.valid.int().argmax(dim=1)
+        Counted over real tokens, so that right padding between a prompt and what follows opens no gap.
+        """
+        return self.valid.long().cumsum(dim=1) - 1
 
     @property
     def length(self) -> int:

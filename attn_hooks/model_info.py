@@ -179,7 +179,7 @@ def _layer_info(name: str, module: nn.Module, model_class: str) -> LayerInfo:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         value_dim=_first_number(module, "v_head_dim") or head_dim,
-        sliding_window=_first_number(module, "sliding_window"),
+        sliding_window=_sliding_window(module),
         softcap=float(softcap) if softcap is not None else None,
         sinks=sinks,
         backend=backend,
@@ -195,6 +195,14 @@ def _layer_index(name: str, module: nn.Module) -> int:
         return own
     numbers = re.findall(r"\d+", name)
     return int(numbers[-1]) if numbers else 0
+
+
+def _sliding_window(module: nn.Module) -> int | None:
+    """The module's own window, else its config's where the forward reads it there (Mistral)."""
+    if hasattr(module, "sliding_window"):
+        return _number(module, "sliding_window")
+    reads_config = "sliding_window" in _forward_source(type(module))  # type: ignore[arg-type]
+    return _number(module.config, "sliding_window") if reads_config else None
 
 
 def _asks_for_the_backends_name(module: nn.Module, backend: str) -> bool:

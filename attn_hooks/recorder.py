@@ -19,16 +19,21 @@ class EditRecord:
     calls: Counter[Phase] = field(default_factory=Counter)
     layers: set[int] = field(default_factory=set)
     heads: set[tuple[int, int]] = field(default_factory=set)
-    rows: list[Tensor] = field(default_factory=list)
-    moved: list[Tensor] = field(default_factory=list)
+    rows: dict[torch.device, Tensor] = field(default_factory=dict)
+    moved: dict[torch.device, Tensor] = field(default_factory=dict)
+    measured: int = 0
 
     def rows_edited(self) -> int:
         """Real query rows, summed over calls; padding left out."""
-        return sum(int(rows) for rows in self.rows)
+        return sum(int(rows) for rows in self.rows.values())
 
     def mass_moved(self) -> float | None:
         """Mean over calls of the share of a row's weight that went elsewhere; None if the edit moves no weight."""
-        return float(torch.stack([mass.cpu() for mass in self.moved]).mean()) if self.moved else None
+        return sum(float(moved) for moved in self.moved.values()) / self.measured if self.measured else None
+
+
+def _add(sums: dict[torch.device, Tensor], value: Tensor) -> None:
+    sums[value.device] = sums[value.device] + value if value.device in sums else value
 
 
 @dataclass
@@ -44,7 +49,8 @@ class Recorder:
         record = self.records[position]
         record.calls[phase] += 1
         record.layers.add(layer)
-        record.rows.append(rows)
+        _add(record.rows, rows)
         record.heads.update((layer, head) for head in heads)
         if moved is not None:
-            record.moved.append(moved.detach())
+            _add(record.moved, moved.detach())
+            record.measured += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections import Counter
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
@@ -43,6 +44,13 @@ class SequenceState:
         return self.of_method.setdefault((*owner, self.calls[owner[2]]), {})
 
 
+class _InFlight(threading.local):
+    """What belongs to the forward that this thread is in."""
+
+    current: SequenceState | None = None
+    outer_tokens: Tensor | None = None
+
+
 class SequenceTracker:
     """Follows a decoder's forwards, so that each attention call knows its tokens, padding and phase."""
 
@@ -50,8 +58,7 @@ class SequenceTracker:
         self.model = model
         self.key = uuid4().hex
         self.parameters = list(inspect.signature(decoder.forward).parameters)
-        self.outer_tokens: Tensor | None = None
-        self.current: SequenceState | None = None
+        self.in_flight = _InFlight()
         self.of_positions: MutableMapping[Tensor, SequenceState] = WeakTensorKeyDictionary()
         # MusicGen's decoder takes its codebooks as rows of input_ids; they are one sequence.
         embeddings = getattr(decoder, "embed_tokens", None)
@@ -59,10 +66,10 @@ class SequenceTracker:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start without a sequence in flight."""
-        return vars(self) | {"current": None, "of_positions": None, "outer_tokens": None}
+        return vars(self) | {"in_flight": None, "of_positions": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, of_positions=WeakTensorKeyDictionary())
+        vars(self).update(state, in_flight=_InFlight(), of_positions=WeakTensorKeyDictionary())
 
     def state_of_call(self, position_ids: Tensor | None) -> SequenceState | None:
         """The state of the forward that a call belongs to.
@@ -73,14 +80,14 @@ class SequenceTracker:
         in_backward = torch._C._current_graph_task_id() != -1
         if in_backward:
             return None if position_ids is None else self.of_positions.get(position_ids)
-        if position_ids is not None and self.current is not None:
-            self.of_positions[position_ids] = self.current
-        return self.current
+        if position_ids is not None and self.in_flight.current is not None:
+            self.of_positions[position_ids] = self.in_flight.current
+        return self.in_flight.current
 
     def before_outer_forward(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the whole model: a vision-language model gives its decoder embeddings, not tokens."""
         tokens = kwargs.get("input_ids", args[0] if args else None)
-        self.outer_tokens = tokens if isinstance(tokens, Tensor) else None
+        self.in_flight.outer_tokens = tokens if isinstance(tokens, Tensor) else None
 
     def before_forward(self, _decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the decoder."""
@@ -90,14 +97,18 @@ class SequenceTracker:
         tokens = given.get("input_ids")
         new = tokens if tokens is not None else given.get("inputs_embeds")
         if new is None:
-            self.current = None
+            self.in_flight.current = None
             return
         if tokens is not None and self.rows_per_sequence > 1:
             tokens = new = tokens[:: self.rows_per_sequence]
         batch, length = new.shape[:2]
-        if tokens is None and self.outer_tokens is not None and self.outer_tokens.shape == (batch, length):
-            tokens = self.outer_tokens
-        self.outer_tokens = None
+        if (
+            tokens is None
+            and self.in_flight.outer_tokens is not None
+            and self.in_flight.outer_tokens.shape == (batch, length)
+        ):
+            tokens = self.in_flight.outer_tokens
+        self.in_flight.outer_tokens = None
         self._refuse_packed(given, past)
         valid = _valid_tokens(given.get("attention_mask"), batch, past + length, new.device)
         new_valid = torch.ones(batch, length, dtype=torch.bool, device=new.device)
@@ -117,7 +128,7 @@ class SequenceTracker:
         state.past = past
         state.preallocated = isinstance(cache, Cache) and cache.is_compileable
         state.calls.clear()
-        self.current = state
+        self.in_flight.current = state
         self._remember(cache)
 
     def after_forward(self, _decoder: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
@@ -128,12 +139,12 @@ class SequenceTracker:
                 self._remember(candidate)
 
     def _remember(self, cache: Any) -> None:
-        if isinstance(cache, Cache) and self.current is not None:
+        if isinstance(cache, Cache) and self.in_flight.current is not None:
             states = getattr(cache, STATES_ATTRIBUTE, None)
             if states is None:
                 states = {}
                 setattr(cache, STATES_ATTRIBUTE, states)
-            states[self.key] = self.current
+            states[self.key] = self.in_flight.current
 
     def _refuse_packed(self, given: dict[str, Any], past: int) -> None:
         positions = given.get("position_ids")

@@ -23,7 +23,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from attn_hooks.call import AttentionCall
-from attn_hooks.edit import Edit, Heads, Layers, NonNegative, Reads, Scope, Writes
+from attn_hooks.edit import Edit, Heads, Layers, NonNegative, Positive, Reads, Scope, Writes
 from attn_hooks.errors import error
 from attn_hooks.layout import TokenKind
 from attn_hooks.model_info import ModelInfo
@@ -57,8 +57,8 @@ class PASTA(Edit):
     mode: Literal["exclude", "include", "generation"] = Field(default="exclude", description="which keys are scaled")
     layers: Layers | None = Field(default=None, description="layers edited, from 0; None: all")
     heads: Heads | None = Field(default=None, description="query heads edited, pairs (layer, head); None: all")
-    prompt_length: int | None = Field(
-        default=None, ge=1, description="padded length of the prompt, needed if it comes in several forwards"
+    prompt_length: Positive | None = Field(
+        default=None, description="padded length of the prompt, needed if it comes in several forwards"
     )
 
     def check(self, model: ModelInfo) -> None:
@@ -96,4 +96,9 @@ class PASTA(Edit):
         for row in range(call.batch):
             for start, stop in self.spans[row // rows_per_prompt]:
                 highlighted[row] |= (position[row] >= start) & (position[row] < stop)
+                if call.phase == "prefill" and stop > int(call.query_valid[row].sum()) and self.prompt_length is None:
+                    length = int(call.query_valid[row].sum())
+                    raise error(
+                        "span-out-of-prompt", method=self.method, start=start, stop=stop, row=row, length=length
+                    )
         return highlighted

@@ -17,7 +17,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from attn_hooks.call import AttentionCall
-from attn_hooks.edit import Edit, Heads, Layers, Reads, Scope, Writes
+from attn_hooks.edit import Edit, Heads, Layers, NonNegative, Positive, Reads, Scope, Writes
 from attn_hooks.model_info import ModelInfo
 from attn_kernels import PowerOfTwoBlocks, Primitive, Sparsity
 
@@ -32,9 +32,9 @@ class PowerAttention(Edit):
     scope: ClassVar[Scope] = "per-row"
     head_indexed: ClassVar[bool] = True
 
-    block: int = Field(default=64, ge=1, description="tokens in a block")
-    window_blocks: int = Field(default=4, ge=1, description="local blocks seen, the query's own included")
-    sink_blocks: int = Field(default=1, ge=0, description="first blocks that every query sees")
+    block: Positive = Field(default=64, description="tokens in a block")
+    window_blocks: Positive = Field(default=4, description="local blocks seen, the query's own included")
+    sink_blocks: NonNegative = Field(default=1, description="first blocks that every query sees")
     dense_layers: Layers = Field(default=(), description="layers left dense, from 0")
     heads: Heads | None = Field(default=None, description="query heads edited, pairs (layer, head); None: all")
 

@@ -17,7 +17,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from attn_hooks.call import AttentionCall
-from attn_hooks.edit import Edit, Heads, Layers, Reads, Scope, Writes
+from attn_hooks.edit import Edit, Heads, Layers, Positive, Reads, Scope, Writes
 from attn_kernels import LogitMap, Primitive
 
 
@@ -32,7 +32,7 @@ class SinkScale(Edit):
     head_indexed: ClassVar[bool] = True
 
     scale: float = Field(default=0.5, ge=0.0, description="factor on the sink's weight; 1: identity")
-    sinks: int = Field(default=1, ge=1, description="number of first tokens that form the sink")
+    sinks: Positive = Field(default=1, description="number of first tokens that form the sink")
     layers: Layers | None = Field(default=None, description="layers edited, from 0; None: all")
     heads: Heads | None = Field(default=None, description="query heads edited, pairs (layer, head); None: all")
 

@@ -17,7 +17,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from attn_hooks.call import AttentionCall
-from attn_hooks.edit import Edit, Heads, Layers, Reads, Scope, Writes
+from attn_hooks.edit import Edit, Heads, Layers, NonNegative, Positive, Reads, Scope, Writes
 from attn_kernels import Primitive, SinkAndWindow, Sparsity
 
 
@@ -31,8 +31,8 @@ class Streaming(Edit):
     scope: ClassVar[Scope] = "per-row"
     head_indexed: ClassVar[bool] = True
 
-    sinks: int = Field(default=4, ge=0, description="first tokens that every query sees")
-    window: int = Field(default=1024, ge=1, description="most recent tokens that a query sees, its own included")
+    sinks: NonNegative = Field(default=4, description="first tokens that every query sees")
+    window: Positive = Field(default=1024, description="most recent tokens that a query sees, its own included")
     layers: Layers | None = Field(default=None, description="layers edited, from 0; None: all")
     heads: Heads | None = Field(default=None, description="query heads edited, pairs (layer, head); None: all")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -373,3 +374,21 @@ def test_attention_maps_are_the_edited_ones(when: str) -> None:
 
 def test_the_prompts_bos_is_what_the_config_names() -> None:
     assert prompt()[0, 0] == BOS == attn_hooks.inspect_model(tiny_llama()).bos_token_id
+
+
+def test_two_threads_do_not_see_each_others_sequences() -> None:
+    """Prompts of different padding through one wrapped model at once."""
+    model = attn_hooks.wrap(tiny_llama(), Streaming(sinks=1, window=2))
+    ids = torch.randint(3, 50, (2, 12))
+    masks = [torch.ones_like(ids), torch.ones_like(ids)]
+    masks[1][:, :7] = 0
+
+    def run(mask: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return model(ids, attention_mask=mask).logits
+
+    expected = [run(mask) for mask in masks]
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(run, masks * 40))
+    for index, logits_of_thread in enumerate(found):
+        assert torch.equal(logits_of_thread, expected[index % 2])

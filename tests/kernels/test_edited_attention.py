@@ -215,6 +215,7 @@ def test_column_mean_counts_the_rows_that_see_a_key() -> None:
 @settings(max_examples=40, deadline=None)
 def test_a_selection_of_heads_equals_those_heads_of_all(case: tuple[AttentionInputs, list[Primitive]]) -> None:
     inputs, edits = case
+    assert edited_attention(inputs, edits, torch.tensor([], dtype=torch.long)).shape[1] == 0
     heads = torch.arange(inputs.num_heads)[::2]
     torch.testing.assert_close(edited_attention(inputs, edits, heads), edited_attention(inputs, edits)[:, heads])
 

@@ -90,3 +90,10 @@ def test_spans_for_another_number_of_prompts_are_refused() -> None:
 
 def test_heads_as_pasta_writes_them() -> None:
     assert PASTA(spans=SPANS, heads={"3": [1, 2], 4: [0]}).heads == ((3, 1), (3, 2), (4, 0))
+
+
+def test_a_span_beyond_its_prompt_is_refused() -> None:
+    model = attn_hooks.wrap(llama(), PASTA(spans=(((3, 15),),)))
+    with pytest.raises(EditError, match=r"\(3, 15\) ends after prompt 0, which has 14 tokens") as refused:
+        model(prompts(1))
+    assert refused.value.code == "span-out-of-prompt"

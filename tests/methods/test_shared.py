@@ -141,6 +141,30 @@ def test_caches_agree_with_left_padding(case: Case, family: str) -> None:
 
 @every_family
 @every_case
+def test_right_padding_before_decode_has_no_effect(case: Case, family: str) -> None:
+    """The padding stays between the prompt and the new tokens; counted in tokens, it is not there."""
+    ids = prompts(1, PROMPT + 6)
+    padding = 7
+    gap = torch.zeros(1, padding, dtype=torch.long)
+    padded = torch.cat([ids[:, :PROMPT], gap, ids[:, PROMPT:]], 1)
+    mask = torch.cat([torch.ones(1, PROMPT), torch.zeros(1, padding), torch.ones(1, 6)], 1).long()
+    model = FAMILIES[family]()
+    if any(layer.sliding_window for layer in attn_hooks.inspect_model(model).layers):
+        # The model's own windows count padding as tokens, so even unedited the gap has an effect.
+        assert family != "llama"
+        return
+    parameters = case.active.model_dump()
+    if "prompt_length" in parameters:
+        parameters["prompt_length"] = PROMPT + padding
+    expected = decode(attn_hooks.wrap(model, case.active), ids, PROMPT, DynamicCache(config=model.config))
+    attn_hooks.wrap(model, type(case.active)(**parameters))
+    cache = DynamicCache(config=model.config)
+    decoded = decode(model, padded, PROMPT + padding, cache, attention_mask=mask)
+    torch.testing.assert_close(decoded[:, 1:], expected[:, 1:], **TOLERANCE[family])
+
+
+@every_family
+@every_case
 def test_prompt_in_chunks_equals_one_forward_or_is_refused(case: Case, family: str) -> None:
     model = attn_hooks.wrap(FAMILIES[family](), case.active)
     ids = prompts(2, PROMPT)

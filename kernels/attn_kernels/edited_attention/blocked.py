@@ -145,6 +145,8 @@ def _select_heads(inputs: AttentionInputs, heads: Tensor) -> AttentionInputs:
 
 def _grouped_matmul(left: Tensor, right: Tensor) -> Tensor:
     """``(B, H, n, x) @ (B, K, x, y)`` where H/K consecutive heads share one right side."""
+    if left.shape[1] == right.shape[1]:
+        return left @ right
     batch, num_heads, rows, inner = left.shape
     groups = num_heads // right.shape[1]
     shared = left.reshape(batch, right.shape[1], groups * rows, inner) @ right
