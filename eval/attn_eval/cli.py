@@ -140,7 +140,8 @@ def run(
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="At most so many samples of each task, for a quick look.")
+        int | None,
+        typer.Option(min=1, help="At most so many samples of each task (of each cell of a grid), for a quick look."),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Begin anew in a folder that holds another run.")

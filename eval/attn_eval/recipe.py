@@ -75,7 +75,8 @@ class Recipe(BaseModel):
         model: a folder, a model id of the Hugging Face hub, or ``testbed-lm`` (shipped).
         dtype: of the weights; ``auto`` takes that of the checkpoint.
         device: ``auto`` takes a GPU if there is one.
-        edits: each ``{method: NAME, parameter: value, ...}``, see ``attn-hooks methods``. Empty: the baseline alone.
+        edits: each ``{method: NAME, parameter: value, ...}`` or just ``NAME``, see ``attn-hooks methods``. Empty: the
+            baseline alone.
         tasks: each ``{task: NAME, lengths: [...], ...}``.
         generation: how answers are written.
         seed: of the data, the sampling and the bootstrap.
@@ -96,6 +97,14 @@ class Recipe(BaseModel):
     seed: int = 42
     batch_size: PositiveInt = 1
     published: Literal["none"] | tuple[PublishedFigure, ...] = "none"
+
+    @field_validator("edits", mode="before")
+    @classmethod
+    def _names_are_edits(cls, edits: Any) -> Any:
+        """A bare name is that method with its defaults, as in ``attn_hooks.wrap``."""
+        if not isinstance(edits, list | tuple):
+            return edits
+        return [{"method": edit} if isinstance(edit, str) else edit for edit in edits]
 
     @field_validator("edits")
     @classmethod
@@ -258,7 +267,8 @@ def _explain(error: ValidationError, model: type[BaseModel], owner: str = "") ->
         elif fault["type"] == "value_error":
             faults.append(str(fault["ctx"]["error"]))
         else:
-            faults.append(f"{where}: {fault['msg'].lower()}, given {fault['input']!r}")
+            wanted = fault["msg"].lower().replace("valid tuple", "list").replace("valid dictionary", "table of keys")
+            faults.append(f"{where}: {wanted}, given {fault['input']!r}")
     text = _one_line("; ".join(dict.fromkeys(faults)))
     return f"{owner}: {text}" if owner else text
 

@@ -26,7 +26,7 @@ class RunLog:
         manifest: what must not change between the parts of one run: the recipe's and the data's hashes.
 
     Raises:
-        EvaluationError: the folder holds a run with another manifest, or no run but other files of ours.
+        EvaluationError: the folder can't be written, or holds a run with another manifest.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
@@ -41,8 +41,11 @@ class RunLog:
                     "gone on with: give another folder with -o, or --overwrite to begin anew"
                 )
         else:
-            folder.mkdir(parents=True, exist_ok=True)
-            existing.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                existing.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            except OSError as problem:
+                raise EvaluationError(f"{folder} can't be written: {problem.strerror or problem}") from problem
         self.records: dict[tuple[str, str], Record] = {}
         for record in _complete_lines(folder / SAMPLES):
             self.records[record["run"], record["id"]] = record

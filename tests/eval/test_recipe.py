@@ -56,7 +56,7 @@ def test_every_family_has_every_method() -> None:
         ({"tasks": [{"task": "passkey", "lengths": [0]}]}, "task 'passkey': lengths.0: input should be greater than 0"),
         ({"tasks": SMALL["tasks"][:1] * 2}, "two tasks are called 'passkey'"),
         ({"edits": [{"beta": 0.4}]}, "edit 0 names no method"),
-        ({"edits": ["act"]}, "edits.0: input should be a valid dictionary"),
+        ({"edits": [3]}, "edits.0: input should be a table of keys, given 3"),
         ({"generation": {"do_sampel": True}}, "no key 'generation.do_sampel'; did you mean 'do_sample'"),
         ({"generation": {"top_p": 0.9}}, "top_p has no effect without do_sample"),
         ({"device": "tpu"}, "device: input should be 'auto', 'cpu' or 'cuda', given 'tpu'"),
@@ -160,3 +160,9 @@ def test_recipe_schema_has_the_documented_keys() -> None:
         "batch_size",
         "published",
     }
+
+
+def test_a_bare_name_is_the_method_with_its_defaults(tmp_path: Path) -> None:
+    """As ``attn_hooks.wrap`` reads the same file."""
+    path = write(tmp_path, SMALL | {"edits": ["act", {"method": "sink_scale"}]})
+    assert load_recipe(path).build_edits() == [attn_hooks.ACT(), attn_hooks.SinkScale()]

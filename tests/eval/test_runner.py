@@ -19,7 +19,7 @@ from attn_eval.prompting import PromptEncoder
 from attn_eval.recipe import GenerationSettings, Recipe
 from attn_eval.report import table_markdown
 from attn_eval.rows import Row, read_rows
-from attn_eval.run_log import forget_run, load_results
+from attn_eval.run_log import RunLog, forget_run, load_results
 from attn_eval.runner import run_recipe
 from tests.eval import oracles
 
@@ -233,3 +233,9 @@ def make_row(name: str, text: str, new_tokens: int) -> Row:
         outputs=("1",),
         new_tokens=new_tokens,
     )
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    with pytest.raises(EvaluationError, match="can't be written"):
+        RunLog(tmp_path / "file" / "results", {})
