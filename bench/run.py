@@ -153,8 +153,8 @@ def bench(lengths: list[int], repeats: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the rows as JSON to this file")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048], help="prompt lengths in tokens")
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds, after one that warms up")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024], help="prompt lengths in tokens")
+    parser.add_argument("--repeats", type=int, default=3, help="timed rounds, after one that warms up")
     arguments = parser.parse_args()
     rows = bench(arguments.lengths, arguments.repeats)
     table = Table("setting", "tokens", "prefill ms", "ratio", "decode ms", "ratio", "peak MiB")
