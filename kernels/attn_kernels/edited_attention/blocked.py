@@ -1,7 +1,8 @@
-"""Edited attention in plain PyTorch, a block of query rows at a time, so that no N x M tensor ever exists.
+"""Edited attention in plain PyTorch, at most 128 query rows at a time, so that a long call never holds N x M weights.
 
-Runs on any device and is differentiable. Computes in float32 (float64 for float64 inputs). Tested against
-``reference`` on odd shapes, GQA, padding, one query, one key and empty groups.
+Runs on any device and is differentiable (autograd keeps every block until backward, so training does hold them all).
+Computes in float32 (float64 for float64 inputs). Tested against ``reference`` on odd shapes, GQA, padding, one query,
+one key and empty groups.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout
+from torch.nn import functional
 
 from attn_kernels.inputs import AttentionInputs
 from attn_kernels.primitives import Gate, HeadAffine, LogitMap, Order, Primitive, Regroup, Sparsity, Tap
 
-# Bounds the scores of one block to 64 MiB in float32.
+# A block has at most so many rows, and at most 64 MiB of scores in float32.
+ROWS_PER_BLOCK = 128
 SCORES_PER_BLOCK = 2**24
 MEASURED_ROWS = 16
 
@@ -103,7 +105,7 @@ def _run(inputs: AttentionInputs, edits: Sequence[Primitive], heads: Tensor | No
     # Once; every block reads the same keys.
     inputs = _select_heads(inputs, heads)
     per_row = max(1, batch * len(heads) * inputs.num_keys)
-    rows_per_block = max(1, min(num_queries, SCORES_PER_BLOCK // per_row))
+    rows_per_block = max(1, min(ROWS_PER_BLOCK, SCORES_PER_BLOCK // per_row))
     readers = [_TapReader(edit, inputs, heads) for edit in edits if isinstance(edit, Tap)]
     outputs = []
     for start in range(0, num_queries, rows_per_block):
@@ -114,7 +116,7 @@ def _run(inputs: AttentionInputs, edits: Sequence[Primitive], heads: Tensor | No
             reader.read(block, weights)
         if with_output:
             if inputs.dropout > 0:
-                weights = dropout(weights, inputs.dropout)
+                weights = functional.dropout(weights, inputs.dropout)
             value = block.columns_of(inputs.value, dim=2).to(weights.dtype)
             outputs.append(_grouped_matmul(weights, value).to(inputs.value.dtype))
     for reader in readers:
@@ -164,16 +166,17 @@ class _Block:
     def __init__(self, inputs: AttentionInputs, edits: Sequence[Primitive], heads: Tensor, rows: slice) -> None:
         self.inputs, self.edits, self.heads, self.rows = inputs, edits, heads, rows
         visible = self._visible()
+        visited = visible.flatten(0, 2).any(0).nonzero().squeeze(-1)
+        # Scattered keys are gathered; otherwise the keys after the last visible one (the future) are left out.
         self.columns: Tensor | None = None
+        self.stop = int(visited[-1]) + 1 if len(visited) else 0
         if any(isinstance(edit, Sparsity) for edit in edits):
-            visited = visible.flatten(0, 2).any(0)
-            self.columns = visited.nonzero().squeeze(-1)
-            visible = visible[..., self.columns]
-        self.visible = visible
+            self.columns = visited
+        self.visible = self.columns_of(visible)
         self.log_sum_exp: Tensor | None = None
 
     def columns_of(self, tensor: Tensor, dim: int = -1) -> Tensor:
-        return tensor if self.columns is None else tensor.index_select(dim, self.columns)
+        return tensor.narrow(dim, 0, self.stop) if self.columns is None else tensor.index_select(dim, self.columns)
 
     def weights(self) -> Tensor:
         """``(B, h, n, m)`` over the visited columns, after softmax and Regroup."""
@@ -227,15 +230,29 @@ class _Block:
             logits = logits + torch.where(shown, bias, 0.0).to(compute)
         for edit in self.edits:
             if isinstance(edit, LogitMap):
-                scale, absolute, bias = (self._per_head(c) for c in (edit.scale, edit.absolute, edit.bias))
-                mapped = scale * logits + absolute * logits.abs() + bias
+                mapped = self._mapped(edit, logits)
                 scope = self._scope(edit.heads, edit.rows)
                 # A removed key stays removed; the map would make it NaN.
                 group = self._group(edit.keys) & ~torch.isneginf(logits)
                 logits = torch.where(group if scope is None else group & scope, mapped, logits)
         return torch.where(self.visible, logits, float("-inf"))
 
+    def _mapped(self, edit: LogitMap, logits: Tensor) -> Tensor:
+        """The map on all keys; terms that are neutral cost nothing."""
+        scale, absolute, bias = (self._per_head(c) for c in (edit.scale, edit.absolute, edit.bias))
+        mapped = logits if isinstance(scale, float) and scale == 1 else scale * logits
+        if not (isinstance(absolute, float) and absolute == 0):
+            mapped = mapped + absolute * logits.abs()
+        return mapped + bias
+
     def _softmax(self, logits: Tensor) -> Tensor:
+        reads_log_sum_exp = any(isinstance(edit, Tap) and edit.kind == "log_sum_exp" for edit in self.edits)
+        if self.inputs.sink_logits is None and not reads_log_sum_exp:
+            # A row that sees nothing gives NaN in softmax, and zeros are promised.
+            if logits.shape[-1] == 0:
+                return logits
+            sees_nothing = torch.isneginf(logits.amax(dim=-1, keepdim=True))
+            return torch.where(sees_nothing, 0.0, torch.softmax(logits, dim=-1))
         log_sum_exp = torch.logsumexp(logits, dim=-1)
         if self.inputs.sink_logits is not None:
             sink = self.inputs.sink_logits.to(log_sum_exp)
@@ -291,7 +308,7 @@ def _mass(weights: Tensor, group: Tensor) -> Tensor:
 def _all_keys(block: _Block, visited: Tensor, num_keys: int) -> Tensor:
     """Spreads values over the visited columns ``(..., m)`` to all keys ``(..., M)``; the others are zero."""
     if block.columns is None:
-        return visited
+        return functional.pad(visited, (0, num_keys - block.stop))
     full = visited.new_zeros(*visited.shape[:-1], num_keys)
     return full.index_copy(-1, block.columns, visited)
 
