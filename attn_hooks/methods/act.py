@@ -11,13 +11,14 @@ the whole prompt of N real tokens with weights a:
 so rows still sum to 1. The identity is beta 1.
 
 ``faithful="code"`` is the released code's rule instead: c[j] > 0.1 whatever N, and the first sink found is spared rather
-than token 0. Its decode step gives rows that sum to about 1.7; there that setting is refused, not reproduced.
+than token 0 (``threshold`` and ``keep_first`` choose either rule by itself). Its decode step gives rows that sum to about
+1.7; there that setting is refused, not reproduced.
 
 Decode is undefined in the paper. Here S is frozen at the end of the prompt and each new row is calibrated with it. S needs
 all rows of the prompt, so a prompt given in chunks is refused; for a conversation's later turns, ``later_tokens="keep"``
 goes on with the first prompt's S.
 
-The paper edits heads found by a search on 900 prompts a task, in layers 2 to L-2; without ``heads`` all heads of those
+The released code edits heads found by a search on 900 prompts a task, in layers 2 to L-2; without ``heads`` all heads of those
 layers are edited.
 """
 
@@ -50,7 +51,13 @@ class ACT(Edit):
     beta: float = Field(default=0.4, ge=0.0, le=1.0, description="factor kept on a sink's weight; 1: identity")
     alpha: float = Field(default=5.0, gt=0.0, description="paper: a sink's column mean exceeds alpha / N")
     absolute: float = Field(default=0.1, ge=0.0, lt=1.0, description="code: a sink's column mean exceeds this")
-    faithful: Literal["paper", "code"] = Field(default="paper", description="whose rule finds the sinks")
+    faithful: Literal["paper", "code"] = Field(default="paper", description="whose rules find the sinks")
+    threshold: Literal["relative", "absolute"] | None = Field(
+        default=None, description="alpha / N or absolute; None: relative for the paper, absolute for the code"
+    )
+    keep_first: Literal["position0", "first_detected"] | None = Field(
+        default=None, description="the sink that is spared; None: position0 for the paper, first_detected for the code"
+    )
     layers: Layers | None = Field(default=None, description="layers edited, from 0; None: 2 to L-2")
     heads: Heads | None = Field(default=None, description="query heads edited, pairs (layer, head); None: all")
     later_tokens: Literal["refuse", "keep"] = Field(
@@ -78,11 +85,13 @@ class ACT(Edit):
     def _find_sinks(self, call: AttentionCall, heads: Tensor | None) -> Tensor:
         """Step A: bool ``(B, H, M)``; heads that are not selected have none."""
         column_mean = call.tap("column_mean", heads=heads)
-        if self.faithful == "paper":
-            threshold = self.alpha / call.inputs.key_valid.sum(-1)[:, None, None]
-            found = (column_mean > threshold) & (call.inputs.key_position != 0)[:, None, :]
+        threshold = self.threshold or ("relative" if self.faithful == "paper" else "absolute")
+        keep_first = self.keep_first or ("position0" if self.faithful == "paper" else "first_detected")
+        real_tokens = call.inputs.key_valid.sum(-1)[:, None, None]
+        found = column_mean > (self.alpha / real_tokens if threshold == "relative" else self.absolute)
+        if keep_first == "position0":
+            found = found & (call.inputs.key_position != 0)[:, None, :]
         else:
-            found = column_mean > self.absolute
             found = found & ~(found & (found.cumsum(-1) == 1))
         if heads is None:
             return found

@@ -21,6 +21,12 @@ def _no_gradients():
         yield
 
 
+def rules(edit: ACT) -> tuple[str, str]:
+    """The threshold and the sink that is spared."""
+    by_source = {"paper": ("relative", "position0"), "code": ("absolute", "first_detected")}[edit.faithful]
+    return edit.threshold or by_source[0], edit.keep_first or by_source[1]
+
+
 def literal_act(first_real: list[int], prompt: int, edit: ACT, layers: range):
     """Steps A and B on weights ``(B, H, N, N)``; only the prompt's rows and columns decide what is a sink."""
 
@@ -36,10 +42,10 @@ def literal_act(first_real: list[int], prompt: int, edit: ACT, layers: range):
                 found = []
                 for j in range(start, prompt):
                     column_mean = sum(float(a[b, h, i, j]) for i in range(j, prompt)) / (prompt - j)
-                    limit = edit.alpha / length if edit.faithful == "paper" else edit.absolute
+                    limit = edit.alpha / length if rules(edit)[0] == "relative" else edit.absolute
                     if column_mean > limit:
                         found.append(j)
-                sinks = [j for j in found if j != start] if edit.faithful == "paper" else found[1:]
+                sinks = [j for j in found if j != start] if rules(edit)[1] == "position0" else found[1:]
                 for i in range(start, a.shape[2]):
                     sink_mass = sum(float(a[b, h, i, j]) for j in sinks)
                     for j in range(start, a.shape[3]):
@@ -56,6 +62,8 @@ EDITS = [
     ACT(beta=0.4, alpha=1.3, heads=((2, 0), (2, 3), (3, 1))),
     ACT(beta=0.4, faithful="code", absolute=0.15),
     ACT(beta=0.4, alpha=1.3, layers=(0, 4)),
+    ACT(beta=0.4, alpha=1.3, keep_first="first_detected"),
+    ACT(beta=0.4, threshold="absolute", absolute=0.15),
 ]
 
 
