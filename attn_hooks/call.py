@@ -35,7 +35,6 @@ class AttentionCall:
     layout: TokenLayout
     image_token_id: int | None
     key_kinds: Tensor  # (B, M) uint8
-    query_valid: Tensor  # (B, N) bool
     prompt_length: int | None
     state: dict[str, Any]
     earlier: list[Primitive] = field(default_factory=list)
@@ -65,7 +64,7 @@ class AttentionCall:
         See ``attn_kernels.Tap`` for the kinds and shapes. Costs one more pass over the scores of the heads asked for.
         """
         results: list[Tensor] = []
-        tap = Tap(kind, results.append, keys=keys, rows=self.query_valid)
+        tap = Tap(kind, results.append, keys=keys, rows=self.inputs.query_valid)
         selected = None if heads is None else heads.nonzero().squeeze(-1)
         read_taps(self.inputs, [*self.earlier, tap], selected)
         return results[0]

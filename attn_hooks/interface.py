@@ -135,7 +135,7 @@ def _edited(
     phase = _phase(sequence, inputs)
     measured = len(recomputed) > 0 and (phase != "decode" or sequence.past % DECODE_STEPS_PER_MEASURE == 0)
     moved = moved_mass(inputs, primitives, recomputed) if measured else [None] * len(primitives)
-    rows = _query_valid(sequence, inputs).sum()
+    rows = inputs.query_valid.sum()
     for owner, primitive, mass in zip(owners, primitives, moved, strict=True):
         if not isinstance(primitive, Tap):
             plan.recorder.record(owner, phase, plan.layer.index, _heads_edited(plan, owner, heads), rows, mass)
@@ -168,7 +168,6 @@ def _collect(
             layout=sequence.layout,
             image_token_id=plan.model.image_token_id,
             key_kinds=kinds,
-            query_valid=_query_valid(sequence, inputs),
             prompt_length=sequence.prompt_length,
             state=sequence.state_of((plan.key, position, plan.layer.index)),
             earlier=list(primitives),
@@ -255,11 +254,6 @@ def _with_position_bias(inputs: AttentionInputs, position_bias: Tensor) -> Atten
     visible = inputs.visible(slice(0, inputs.num_queries))
     bias = position_bias if inputs.bias is None else position_bias + inputs.bias
     return replace(inputs, mask=None, bias=torch.where(visible, bias, torch.finfo(bias.dtype).min))
-
-
-def _query_valid(sequence: SequenceState, inputs: AttentionInputs) -> Tensor:
-    """``(B, N)`` bool: queries that are real tokens."""
-    return sequence.layout.valid[:, sequence.layout.length - inputs.num_queries :]
 
 
 def _phase(sequence: SequenceState, inputs: AttentionInputs) -> Phase:

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import Cache
 
 from attn_hooks.errors import error
-from attn_hooks.layout import TokenLayout
+from attn_hooks.layout import TokenKind, TokenLayout
 from attn_hooks.model_info import ModelInfo
 
 STATES_ATTRIBUTE = "attn_hooks_states"
@@ -115,7 +115,7 @@ class SequenceTracker:
         new_layout = TokenLayout.of_tokens(tokens, new_valid, self.model.bos_token_id, self.model.image_token_id)
         known: SequenceState | None = getattr(cache, STATES_ATTRIBUTE, {}).get(self.key) if past else None
         if known is None:
-            earlier = TokenLayout(torch.full((batch, past), 2, dtype=torch.uint8, device=new.device))
+            earlier = TokenLayout(torch.full((batch, past), TokenKind.TEXT, dtype=torch.uint8, device=new.device))
             state = SequenceState(earlier.extended(new_layout, past), prompt_length=None if past else length)
         else:
             state = known

@@ -96,8 +96,12 @@ class PASTA(Edit):
         for row in range(call.batch):
             for start, stop in self.spans[row // rows_per_prompt]:
                 highlighted[row] |= (position[row] >= start) & (position[row] < stop)
-                if call.phase == "prefill" and stop > int(call.query_valid[row].sum()) and self.prompt_length is None:
-                    length = int(call.query_valid[row].sum())
+                if (
+                    call.phase == "prefill"
+                    and stop > int(call.inputs.query_valid[row].sum())
+                    and self.prompt_length is None
+                ):
+                    length = int(call.inputs.query_valid[row].sum())
                     raise error(
                         "span-out-of-prompt", method=self.method, start=start, stop=stop, row=row, length=length
                     )

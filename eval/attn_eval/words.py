@@ -12,7 +12,7 @@ from attn_eval.errors import EvaluationError
 
 
 @functools.cache
-def _category(name: str) -> tuple[str, ...]:
+def words_of_kind(name: str) -> tuple[str, ...]:
     try:
         from wonderwords import RandomWord
     except ImportError as error:
@@ -23,12 +23,12 @@ def _category(name: str) -> tuple[str, ...]:
 @functools.cache
 def all_words() -> tuple[str, ...]:
     """Every noun, adjective and verb of wonderwords, sorted: 8166 distinct words in wonderwords 3.0.1."""
-    return tuple(sorted({*_category("noun"), *_category("adjective"), *_category("verb")}))
+    return tuple(sorted({*words_of_kind("noun"), *words_of_kind("adjective"), *words_of_kind("verb")}))
 
 
 def word_key(rng: random.Random) -> str:
     """``adjective-noun``, as RULER's keys are."""
-    return f"{rng.choice(_category('adjective'))}-{rng.choice(_category('noun'))}"
+    return f"{rng.choice(words_of_kind('adjective'))}-{rng.choice(words_of_kind('noun'))}"
 
 
 def seven_digits(rng: random.Random) -> str:

@@ -50,6 +50,11 @@ class AttentionInputs:
         return self.key.shape[2]
 
     @property
+    def query_valid(self) -> Tensor:
+        """``(B|1, N)`` bool: queries that are real tokens, told by the key at the same place."""
+        return self.key_valid[:, self.query_index - self.key_index[0]]
+
+    @property
     def kv_head_of(self) -> Tensor:
         """``(H,)``: the key and value head that each query head reads."""
         group = self.num_heads // self.key.shape[1]

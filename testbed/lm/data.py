@@ -80,9 +80,9 @@ class Words:
     """The words of wonderwords, and their tokens with and without a space before them."""
 
     def __init__(self, encode: Callable[[str], Tokens]) -> None:
-        from attn_eval.words import _category, all_words
+        from attn_eval.words import all_words, words_of_kind
 
-        self.adjectives, self.nouns, self.all = _category("adjective"), _category("noun"), all_words()
+        self.adjectives, self.nouns, self.all = words_of_kind("adjective"), words_of_kind("noun"), all_words()
         self.spaced = {word: encode(" " + word) for word in {*self.all}}
         self.bare = {word: encode(word) for word in self.adjectives}
         self.behind_hyphen = {noun: encode("-" + noun) for noun in self.nouns}

@@ -257,6 +257,17 @@ def test_a_target_with_hardly_any_mass_gets_the_freed_mass_and_no_nan(gap: float
     torch.testing.assert_close(weights, expected.expand_as(weights), rtol=1e-3, atol=1e-3)
 
 
+def test_moved_mass_leaves_right_padding_out() -> None:
+    torch.manual_seed(0)
+    inputs = in_float64(plain_inputs(num_queries=12))
+    valid = (torch.arange(12) < 9)[None]
+    sink = (torch.arange(12) == 0)[None, None]
+    (padded,) = moved_mass(replace(inputs, key_valid=valid), [Regroup(sink, keep=0.4)])
+    freed = 0.6 * edited_weights(inputs, [])[:, :, :9, 0]
+    freed[:, :, 0] = 0
+    torch.testing.assert_close(padded, freed.mean())
+
+
 class _LargestTensor(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

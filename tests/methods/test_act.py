@@ -171,7 +171,6 @@ def test_planted_sinks_are_found(faithful: str) -> None:
         layout=TokenLayout(torch.full((1, length), TokenKind.TEXT, dtype=torch.uint8)),
         image_token_id=None,
         key_kinds=torch.full((1, length), TokenKind.TEXT, dtype=torch.uint8),
-        query_valid=torch.ones(1, length, dtype=torch.bool),
         prompt_length=length,
         state={},
     )

@@ -61,6 +61,7 @@ def edited_weights(inputs: AttentionInputs, edits: Sequence[Primitive]) -> Tenso
     return _all_keys(block, block.weights(), inputs.num_keys).to(inputs.query.dtype)
 
 
+@torch.no_grad()
 def moved_mass(inputs: AttentionInputs, edits: Sequence[Primitive], heads: Tensor | None = None) -> list[Tensor | None]:
     """For each primitive, half the L1 distance between the weights before and after it, averaged.
 
@@ -71,7 +72,7 @@ def moved_mass(inputs: AttentionInputs, edits: Sequence[Primitive], heads: Tenso
     heads = torch.arange(inputs.num_heads, device=inputs.query.device) if heads is None else heads
     inputs = _select_heads(inputs, heads)
     block = _Block(inputs, [], heads, rows)
-    real = (inputs.query_position[:, None, rows] >= 0) & block.visible.any(-1)
+    real = inputs.query_valid[:, None, rows] & block.visible.any(-1)
     before = _all_keys(block, block.weights(), inputs.num_keys)
     moved: list[Tensor | None] = [None] * len(edits)
     applied: list[Primitive] = []
