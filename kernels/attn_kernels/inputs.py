@@ -36,6 +36,13 @@ class AttentionInputs:
     softcap: float | None = None
     sink_logits: Tensor | None = None  # (B|1, H, N|1): joins the softmax, has no value
     dropout: float = 0.0
+    first_query: int | None = None  # place of the first query among the keys, if the caller knows it on the host
+    padded: bool = True  # False: the caller knows that every key is valid
+
+    @property
+    def query_offset(self) -> int:
+        """Place of the first query among the keys. Waits for the device if ``first_query`` was not given."""
+        return int(self.query_index[0] - self.key_index[0]) if self.first_query is None else self.first_query
 
     @property
     def num_heads(self) -> int:

@@ -1,0 +1,272 @@
+"""Primitives as the Triton kernels read them: a byte a key, a byte a row, and a few numbers a head.
+
+Every distinct key group gets a bit of the key's byte and every distinct row scope a bit of the row's byte (distinct by
+identity of the tensor). A key whose byte is 0 is touched by no edit, so the kernels treat it as plain attention does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from attn_kernels.inputs import AttentionInputs
+from attn_kernels.primitives import Gate, HeadAffine, LogitMap, Order, Primitive, Regroup, Sparsity, Tap
+
+BITS = 8
+# In the packed constants below, a term's bit index takes four bits; 15 says that the term has no such bit.
+NO_BIT = 15
+TILE = 64
+
+
+class NotLowered(ValueError):
+    """These edits need something that the kernels do not have; the message says what."""
+
+
+@dataclass(frozen=True)
+class LoweredEdits:
+    """The edits of one call. ``b`` is 1 or B, ``h`` 1 or H, ``m`` the keys that have a byte (later keys count as 0).
+
+    A kernel takes the term constants as compile-time integers, four bits a term: ``map_keys`` holds the key bit of
+    each LogitMap, ``map_rows`` its row bit. Coefficients are identity at heads that a term does not select.
+    """
+
+    key_codes: Tensor  # (b, h, m) uint8
+    row_codes: Tensor | None  # (b, N) uint8; None: no edit has a row scope
+    num_maps: int
+    map_keys: int
+    map_rows: int
+    map_coefficients: Tensor  # (num_maps, 3, H) float32: scale, absolute, bias
+    num_pairs: int  # of allow and deny, in the order in which they act
+    pair_keys: int
+    pair_rows: int
+    pair_heads: Tensor  # (num_pairs, H) int8: +1 allow, -1 deny, 0 head not selected
+    order_values: tuple[Tensor, Tensor] | None  # (b, N) and (b, M)
+    order_heads: Tensor | None  # (H,) int8
+    regroup: RegroupTerm | None
+    gain: Tensor | None  # (b, H) float32
+    offset: Tensor | None  # (b, H, Dv) float32
+    affine_row: int
+    taps: tuple[Tap, ...]
+
+    @property
+    def edits_weights(self) -> bool:
+        return bool(self.num_maps or self.num_pairs or self.order_values is not None or self.regroup is not None)
+
+    @property
+    def edits_logits(self) -> bool:
+        return bool(self.num_maps or self.num_pairs)
+
+    @cached_property
+    def listed(self) -> ListedKeys:
+        """The keys that some edit touches, by what Regroup does with them."""
+        return list_keys(self)
+
+
+@dataclass(frozen=True)
+class RegroupTerm:
+    """The one Regroup of a call. Bits as in ``LoweredEdits``; ``target`` NO_BIT: every key outside the source."""
+
+    source: int
+    target: int
+    gate_of: int
+    gate_share: int
+    row: int
+    coefficients: Tensor  # (3, H) float32: keep, at_least, at_most
+
+
+@dataclass(frozen=True)
+class ListedKeys:
+    """Indices of the touched keys, ascending, in three lists: 0 neither source nor target, 1 source, 2 target."""
+
+    indices: Tensor  # (b, h, 3, m) int32
+    counts: Tensor  # (b, h, 3) int32
+    tile_flags: Tensor  # (b, h, tiles of 64 keys) int8: 0 no key touched, 1 some, 2 all
+
+    @cached_property
+    def at_most(self) -> int:
+        """The largest number of touched keys of a head. Waits for the device."""
+        return int(self.counts.sum(-1).max()) if self.counts.numel() else 0
+
+
+class _Bits:
+    """Hands out a bit for each distinct tensor."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.tensors: list[Tensor] = []
+
+    def of(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return NO_BIT
+        for bit, known in enumerate(self.tensors):
+            if known is tensor:
+                return bit
+        if len(self.tensors) == BITS:
+            raise NotLowered(f"more than {BITS} different {self.what}")
+        self.tensors.append(tensor)
+        return len(self.tensors) - 1
+
+    def packed(self) -> Tensor | None:
+        """One uint8 tensor over the broadcast of all tensors, shorter ones filled with 0 at the end."""
+        if not self.tensors:
+            return None
+        length = max(tensor.shape[-1] for tensor in self.tensors)
+        code: Tensor | None = None
+        for bit, tensor in enumerate(self.tensors):
+            part = functional.pad(tensor.to(torch.uint8), (0, length - tensor.shape[-1]))
+            part = part << bit if bit else part
+            code = part if code is None else code | part
+        assert code is not None
+        return code.contiguous()
+
+
+def lower(inputs: AttentionInputs, edits: Sequence[Primitive]) -> LoweredEdits:
+    """The primitives of a call for the kernels. Raises ``NotLowered`` for what only the PyTorch path can do."""
+    num_heads, device = inputs.num_heads, inputs.query.device
+    keys, rows = _Bits("key groups"), _Bits("row scopes")
+    maps = [edit for edit in edits if isinstance(edit, LogitMap)]
+    orders = [edit for edit in edits if isinstance(edit, Order)]
+    regroups = [edit for edit in edits if isinstance(edit, Regroup)]
+    if any(isinstance(edit, Sparsity) for edit in edits):
+        raise NotLowered("a Sparsity pattern")
+    if len(regroups) > 1:
+        raise NotLowered("more than one Regroup")
+    map_keys = _nibbles([keys.of(edit.keys) for edit in maps])
+    map_rows = _nibbles([rows.of(edit.rows) for edit in maps])
+    coefficients = [
+        torch.stack(
+            [
+                _of_heads(edit.scale, 1.0, edit.heads, num_heads, device),
+                _of_heads(edit.absolute, 0.0, edit.heads, num_heads, device),
+                _of_heads(edit.bias, 0.0, edit.heads, num_heads, device),
+            ]
+        )
+        for edit in maps
+    ]
+    pairs = [
+        (row, key, sign, edit.heads)
+        for edit in orders
+        for sign, listed in ((1.0, edit.allow), (-1.0, edit.deny))
+        for row, key in listed
+    ]
+    values = [edit for edit in orders if edit.query_value is not None]
+    if len(values) > 1 or (values and values[0] is not orders[0]):
+        raise NotLowered("an Order by value that is not the only one and the first")
+    regroup = None
+    if regroups:
+        edit = regroups[0]
+        gate = edit.gate or Gate(of=edit.source, at_least=-1.0)
+        regroup = RegroupTerm(
+            source=keys.of(edit.source),
+            target=keys.of(edit.target),
+            gate_of=keys.of(gate.of if edit.gate else None),
+            gate_share=keys.of(gate.share),
+            row=rows.of(edit.rows),
+            coefficients=torch.stack(
+                [
+                    _of_heads(edit.keep, 1.0, edit.heads, num_heads, device),
+                    _of_heads(gate.at_least, 0.0, None, num_heads, device),
+                    _of_heads(gate.at_most, 0.0, None, num_heads, device),
+                ]
+            ),
+        )
+    gain, offset, affine_rows = _one_affine([edit for edit in edits if isinstance(edit, HeadAffine)], num_heads, device)
+    affine_row = rows.of(affine_rows)
+    pair_keys = _nibbles([keys.of(key) for _, key, _, _ in pairs])
+    pair_rows = _nibbles([rows.of(row) for row, _, _, _ in pairs])
+    keys.tensors = [tensor if tensor.ndim == 3 else tensor[:, None] for tensor in keys.tensors]
+    key_codes = keys.packed()
+    return LoweredEdits(
+        key_codes=torch.zeros(1, 1, 0, dtype=torch.uint8, device=device) if key_codes is None else key_codes,
+        row_codes=rows.packed(),
+        num_maps=len(maps),
+        map_keys=map_keys,
+        map_rows=map_rows,
+        map_coefficients=torch.stack(coefficients) if maps else torch.empty(0, device=device),
+        num_pairs=len(pairs),
+        pair_keys=pair_keys,
+        pair_rows=pair_rows,
+        pair_heads=_pair_heads([(sign, heads) for _, _, sign, heads in pairs], num_heads, device),
+        order_values=(values[0].query_value, values[0].key_value) if values else None,  # type: ignore[arg-type]
+        order_heads=None if not values or values[0].heads is None else values[0].heads.to(torch.int8),
+        regroup=regroup,
+        gain=gain,
+        offset=offset,
+        affine_row=affine_row,
+        taps=tuple(edit for edit in edits if isinstance(edit, Tap)),
+    )
+
+
+def list_keys(lowered: LoweredEdits) -> ListedKeys:
+    """The touched keys in plain PyTorch; ``compact.py`` does it in one launch."""
+    codes = lowered.key_codes
+    touched = codes != 0
+    kind = torch.zeros_like(codes)
+    if lowered.regroup is not None:
+        source = (codes >> lowered.regroup.source) & 1 == 1
+        if lowered.regroup.target != NO_BIT:
+            kind = torch.where((codes >> lowered.regroup.target) & 1 == 1, 2, kind)
+        kind = torch.where(source, 1, kind)
+    lists, counts = [], []
+    place = torch.arange(codes.shape[-1], device=codes.device, dtype=torch.int32).expand(codes.shape)
+    for which in range(3):
+        chosen = touched & (kind == which)
+        # A stable sort brings the chosen ones to the front in ascending order.
+        order = torch.sort((~chosen).to(torch.uint8), dim=-1, stable=True).indices
+        lists.append(place.gather(-1, order).to(torch.int32))
+        counts.append(chosen.sum(-1, dtype=torch.int32))
+    tiled = functional.pad(touched, (0, -codes.shape[-1] % TILE)).unflatten(-1, (-1, TILE))
+    flags = torch.where(tiled.all(-1), 2, tiled.any(-1).to(torch.int8)).to(torch.int8)
+    return ListedKeys(
+        torch.stack(lists, dim=2).contiguous(), torch.stack(counts, dim=2).contiguous(), flags.contiguous()
+    )
+
+
+def _nibbles(bits: Sequence[int]) -> int:
+    return sum(bit << (4 * place) for place, bit in enumerate(bits))
+
+
+def _of_heads(
+    value: float | Tensor, identity: float, heads: Tensor | None, num_heads: int, device: torch.device
+) -> Tensor:
+    """``(H,)`` float32: the value at the selected heads, the identity at the others."""
+    if isinstance(value, Tensor):
+        full = value.to(device, torch.float32).expand(num_heads)
+    else:
+        full = torch.full((num_heads,), float(value), device=device)
+    return full if heads is None else torch.where(heads, full, identity)
+
+
+def _pair_heads(pairs: Sequence[tuple[float, Tensor | None]], num_heads: int, device: torch.device) -> Tensor:
+    rows = [_of_heads(sign, 0.0, heads, num_heads, device).to(torch.int8) for sign, heads in pairs]
+    return torch.stack(rows) if rows else torch.empty(0, dtype=torch.int8, device=device)
+
+
+def _one_affine(
+    edits: Sequence[HeadAffine], num_heads: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """All HeadAffines as one gain ``(b, H)`` and offset ``(b, H, D)``, and the rows that they share."""
+    if not edits:
+        return None, None, None
+    if any(edit.rows is not edits[0].rows for edit in edits):
+        raise NotLowered("HeadAffines with different row scopes")
+    gain = torch.ones(1, num_heads, device=device)
+    offset: Tensor | None = None
+    for edit in edits:
+        factor = torch.ones(1, num_heads, device=device)
+        if edit.gain is not None:
+            factor = edit.gain.to(device, torch.float32).reshape(-1, num_heads)
+        if edit.replace is not None:
+            factor = torch.where(edit.replace.to(device), 0.0, factor)
+        gain = gain * factor
+        if offset is not None:
+            offset = offset * factor[..., None]
+        if edit.offset is not None:
+            added = edit.offset.to(device, torch.float32).reshape(-1, num_heads, edit.offset.shape[-1])
+            offset = added if offset is None else offset + added
+    return gain.contiguous(), None if offset is None else offset.contiguous(), edits[0].rows

@@ -1,0 +1,73 @@
+"""What the Triton kernels share: edits of one tile of logits.
+
+Logits are in units of log2 inside the kernels, ``s * log2(e)``, because the hardware's exponential is base 2. A LogitMap is
+homogeneous in that unit, with its bias scaled.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+NO_BIT = tl.constexpr(15)
+
+
+@triton.jit
+def has_bit(code, bit: tl.constexpr):
+    return ((code >> bit) & 1) != 0
+
+
+@triton.jit
+def capped(logits, softcap, HAS_SOFTCAP: tl.constexpr):
+    """``softcap * tanh(s / softcap)`` in units of log2."""
+    if HAS_SOFTCAP:
+        cap = softcap * LOG2_E
+        logits = cap * (2 * tl.sigmoid(2 * logits / cap) - 1)
+    return logits
+
+
+@triton.jit
+def mapped_logits(
+    logits,
+    key_code,
+    row_code,
+    head,
+    coefficients,
+    num_heads,
+    NUM_MAPS: tl.constexpr,
+    MAP_KEYS: tl.constexpr,
+    MAP_ROWS: tl.constexpr,
+):
+    """All LogitMaps on ``logits`` (R, C). ``key_code`` (1, C), ``row_code`` (R, 1) and ``head`` (scalar or (R, 1)) int32."""
+    for term in tl.static_range(NUM_MAPS):
+        scale = tl.load(coefficients + (term * 3) * num_heads + head)
+        absolute = tl.load(coefficients + (term * 3 + 1) * num_heads + head)
+        bias = tl.load(coefficients + (term * 3 + 2) * num_heads + head) * LOG2_E
+        acts = has_bit(key_code, (MAP_KEYS >> (4 * term)) & 15) & (logits > float("-inf"))
+        if ((MAP_ROWS >> (4 * term)) & 15) != NO_BIT:
+            acts = acts & has_bit(row_code, (MAP_ROWS >> (4 * term)) & 15)
+        logits = tl.where(acts, scale * logits + absolute * tl.abs(logits) + bias, logits)
+    return logits
+
+
+@triton.jit
+def paired_visibility(
+    visible,
+    valid,
+    key_code,
+    row_code,
+    head,
+    pair_heads,
+    num_heads,
+    NUM_PAIRS: tl.constexpr,
+    PAIR_KEYS: tl.constexpr,
+    PAIR_ROWS: tl.constexpr,
+):
+    """``visible`` (R, C) after the allow and deny pairs; ``valid`` (1, C) are the keys that are real."""
+    for pair in tl.static_range(NUM_PAIRS):
+        sign = tl.load(pair_heads + pair * num_heads + head)
+        met = has_bit(key_code, (PAIR_KEYS >> (4 * pair)) & 15) & has_bit(row_code, (PAIR_ROWS >> (4 * pair)) & 15)
+        visible = (visible | (met & valid & (sign > 0))) & ((met & (sign < 0)) == 0)
+    return visible
