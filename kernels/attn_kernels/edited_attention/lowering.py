@@ -192,7 +192,7 @@ def lower(inputs: AttentionInputs, edits: Sequence[Primitive]) -> LoweredEdits:
         pair_keys=pair_keys,
         pair_rows=pair_rows,
         pair_heads=_pair_heads([(sign, heads) for _, _, sign, heads in pairs], num_heads, device),
-        order_values=(values[0].query_value, values[0].key_value) if values else None,  # type: ignore[arg-type]
+        order_values=(values[0].query_value, values[0].key_value) if values else None,
         order_heads=None if not values or values[0].heads is None else values[0].heads.to(torch.int8),
         regroup=regroup,
         gain=gain,

@@ -71,3 +71,16 @@ def paired_visibility(
         met = has_bit(key_code, (PAIR_KEYS >> (4 * pair)) & 15) & has_bit(row_code, (PAIR_ROWS >> (4 * pair)) & 15)
         visible = (visible | (met & valid & (sign > 0))) & ((met & (sign < 0)) == 0)
     return visible
+
+
+@triton.jit
+def listed_before(ascending, listed, stop, ENOUGH: tl.constexpr):
+    """How many of the ``listed`` ascending indices lie before ``stop``; a list of at most ``ENOUGH`` is not searched."""
+    found = listed
+    if listed > ENOUGH:
+        found = 0
+        for first in tl.range(0, listed, 1024):
+            at = first + tl.arange(0, 1024)
+            index = tl.load(ascending + at, mask=at < listed, other=2147483647)
+            found += tl.sum((index < stop).to(tl.int32), 0)
+    return found

@@ -1,0 +1,669 @@
+"""Edited flash: exact attention of many queries under any lowered edits, in one pass over the keys.
+
+Source of the algorithm: FlashAttention-2 (Dao 2023, arXiv 2307.08691), with three additions.
+
+Keys that no edit touches go through the plain loop. Tiles are told apart before by a flag, as causal kernels treat the
+diagonal, so that an untouched tile costs what it costs in plain attention. The touched keys come afterwards from index
+lists: first those whose logits or visibility an edit changes, then a Regroup's source, then its target. Each class has
+an accumulator of its own, so that nothing is ever subtracted: a source that holds nearly all of a row's mass costs no
+digits. The end of the program resolves the gate, moves the freed mass, and applies gain and offset.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attn_kernels.edited_attention.lowering import NO_BIT, TILE, LoweredEdits
+from attn_kernels.edited_attention.tiles import LN_2, LOG2_E, capped, has_bit, listed_before, mapped_logits, paired_visibility
+from attn_kernels.edited_attention.tiles import NO_BIT as NO_BIT_IN_KERNEL
+from attn_kernels.inputs import AttentionInputs
+
+
+@triton.jit
+def _accumulate(logits, value, accumulator, total, highest, PRECISION: tl.constexpr):
+    """One step of the online softmax: the new accumulator, total and running maximum."""
+    new_highest = tl.maximum(highest, tl.max(logits, 1))
+    # A row that has seen nothing keeps -inf; it must not meet itself in a difference.
+    base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+    weights = tl.exp2(logits - base[:, None])
+    shrink = tl.exp2(highest - base)
+    total = total * shrink + tl.sum(weights, 1)
+    accumulator = accumulator * shrink[:, None]
+    accumulator = tl.dot(weights.to(value.dtype), value, accumulator, input_precision=PRECISION)
+    return accumulator, total, new_highest, shrink, weights
+
+
+@triton.jit
+def _allowed(
+    batch,
+    head,
+    rows,
+    keys,
+    query_index,
+    num_queries,
+    num_keys,
+    window,
+    key_valid,
+    valid_stride,
+    mask,
+    mask_stride_b,
+    mask_stride_h,
+    mask_stride_n,
+    mask_stride_m,
+    query_value,
+    key_value,
+    query_value_stride,
+    key_value_stride,
+    order_heads,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    MASK_IS_BIAS: tl.constexpr,
+    LOWEST: tl.constexpr,
+    HAS_VALUES: tl.constexpr,
+    HAS_ORDER_HEADS: tl.constexpr,
+):
+    """Which of ``keys`` (C,) each of ``rows`` (R,) may see, before allow and deny pairs: (R, C); real keys: (1, C)."""
+    inside = keys < num_keys
+    valid = inside
+    if HAS_VALID:
+        valid = tl.load(key_valid + batch * valid_stride + keys, mask=inside, other=0) != 0
+    bias = tl.zeros([rows.shape[0], keys.shape[0]], tl.float32)
+    if HAS_MASK:
+        given = tl.load(
+            mask
+            + batch * mask_stride_b
+            + head * mask_stride_h
+            + rows[:, None].to(tl.int64) * mask_stride_n
+            + keys[None, :].to(tl.int64) * mask_stride_m,
+            mask=(rows[:, None] < num_queries) & inside[None, :],
+            other=0,
+        )
+        if MASK_IS_BIAS:
+            shown = given.to(tl.float32) > LOWEST
+            bias = tl.where(shown, given.to(tl.float32) * LOG2_E, 0.0)
+            visible = shown & inside[None, :]
+        else:
+            visible = (given != 0) & inside[None, :]
+    else:
+        visible = valid[None, :] & (rows[:, None] >= 0)
+        if CAUSAL:
+            visible = visible & (keys[None, :] <= query_index[:, None])
+        if HAS_WINDOW:
+            visible = visible & (keys[None, :] > query_index[:, None] - window)
+    if HAS_VALUES:
+        of_query = tl.load(query_value + batch * query_value_stride + rows, mask=rows < num_queries, other=0)
+        of_key = tl.load(key_value + batch * key_value_stride + keys, mask=inside, other=0)
+        by_value = (of_key[None, :] <= of_query[:, None]) & valid[None, :]
+        if HAS_ORDER_HEADS:
+            if tl.load(order_heads + head) != 0:
+                visible = by_value
+        else:
+            visible = by_value
+    return visible, valid[None, :], bias
+
+
+@triton.jit
+def _edited_flash(
+    query,
+    key,
+    value,
+    output,
+    log_sum_exp,
+    heads,
+    row_tiles,
+    q_b,
+    q_h,
+    q_n,
+    k_b,
+    k_h,
+    k_m,
+    v_b,
+    v_h,
+    v_m,
+    o_b,
+    o_h,
+    o_n,
+    num_heads,
+    heads_per_kv,
+    num_queries,
+    num_keys,
+    query_offset,
+    scaling,
+    softcap,
+    window,
+    key_valid,
+    valid_stride,
+    mask,
+    mask_stride_b,
+    mask_stride_h,
+    mask_stride_n,
+    mask_stride_m,
+    sinks,
+    sinks_stride_b,
+    sinks_stride_h,
+    sinks_stride_n,
+    query_value,
+    key_value,
+    query_value_stride,
+    key_value_stride,
+    order_heads,
+    key_codes,
+    codes_b,
+    codes_h,
+    row_codes,
+    row_codes_stride,
+    lists,
+    list_b,
+    list_h,
+    list_length,
+    counts,
+    counts_b,
+    counts_h,
+    tile_flags,
+    flags_b,
+    flags_h,
+    num_flags,
+    map_coefficients,
+    pair_heads,
+    regroup,
+    gain,
+    gain_b,
+    offset,
+    offset_b,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    MASK_IS_BIAS: tl.constexpr,
+    LOWEST: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_VALUES: tl.constexpr,
+    HAS_ORDER_HEADS: tl.constexpr,
+    HAS_ROW_CODES: tl.constexpr,
+    HAS_CODES: tl.constexpr,
+    NUM_MAPS: tl.constexpr,
+    MAP_KEYS: tl.constexpr,
+    MAP_ROWS: tl.constexpr,
+    NUM_PAIRS: tl.constexpr,
+    PAIR_KEYS: tl.constexpr,
+    PAIR_ROWS: tl.constexpr,
+    NUM_LISTS: tl.constexpr,
+    HAS_REGROUP: tl.constexpr,
+    HAS_TARGET: tl.constexpr,
+    GATE_OF: tl.constexpr,
+    GATE_SHARE: tl.constexpr,
+    REGROUP_ROW: tl.constexpr,
+    HAS_AFFINE: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    AFFINE_ROW: tl.constexpr,
+    HAS_HEADS: tl.constexpr,
+    ONLY_FLAGGED: tl.constexpr,
+    WRITE_LSE: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    FLAG_TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # The longest programs, those of the last rows, start first.
+    row_tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    batch = tl.program_id(2).to(tl.int64)
+    if HAS_HEADS:
+        head = tl.load(heads + tl.program_id(1)).to(tl.int64)
+    else:
+        head = tl.program_id(1).to(tl.int64)
+    if ONLY_FLAGGED and tl.load(row_tiles + (batch * num_heads + head) * tl.num_programs(0) + row_tile) == 0:
+        return
+    kv_head = head // heads_per_kv
+    rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    query_index = rows + query_offset
+    in_d = tl.arange(0, BLOCK_D)
+    in_dv = tl.arange(0, BLOCK_DV)
+    in_m = tl.arange(0, BLOCK_M)
+    row_inside = rows < num_queries
+    query_tile = tl.load(
+        query + batch * q_b + head * q_h + rows[:, None].to(tl.int64) * q_n + in_d[None, :],
+        mask=row_inside[:, None] & (in_d[None, :] < D),
+        other=0.0,
+    )
+    key_base = key + batch * k_b + kv_head * k_h
+    value_base = value + batch * v_b + kv_head * v_h
+    to_log2 = scaling * LOG2_E
+    row_code = tl.zeros([BLOCK_N, 1], tl.int32)
+    if HAS_ROW_CODES:
+        row_code = tl.load(row_codes + batch * row_codes_stride + rows, mask=row_inside, other=0).to(tl.int32)[:, None]
+
+    accumulator = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    highest = tl.full([BLOCK_N], float("-inf"), tl.float32)
+
+    # Keys that a row of this tile may see by index: all of them where a mask or an order value decides.
+    stop = num_keys
+    start = 0
+    inner_stop = 0
+    if CAUSAL and not HAS_MASK and not HAS_VALUES:
+        stop = tl.minimum(num_keys, row_tile * BLOCK_N + BLOCK_N + query_offset)
+        inner_stop = tl.minimum(row_tile * BLOCK_N + query_offset + 1, num_keys) // BLOCK_M * BLOCK_M
+        if HAS_WINDOW:
+            start = tl.maximum(0, row_tile * BLOCK_N + query_offset - window + 1) // BLOCK_M * BLOCK_M
+    elif not HAS_MASK and not HAS_VALUES and not HAS_WINDOW:
+        inner_stop = num_keys // BLOCK_M * BLOCK_M
+    inner_stop = tl.maximum(inner_stop, start)
+
+    for first in tl.range(start, inner_stop, BLOCK_M, num_stages=STAGES):
+        keys = first + in_m
+        flag = 0
+        if HAS_CODES:
+            for part in tl.static_range(BLOCK_M // FLAG_TILE):
+                at = first // FLAG_TILE + part
+                flag += tl.load(tile_flags + batch * flags_b + head * flags_h + at, mask=at < num_flags, other=0).to(
+                    tl.int32
+                )
+        key_tile = tl.load(
+            key_base + keys[None, :].to(tl.int64) * k_m + in_d[:, None], mask=in_d[:, None] < D, other=0.0
+        )
+        logits = capped(tl.dot(query_tile, key_tile, input_precision=PRECISION) * to_log2, softcap, HAS_SOFTCAP)
+        if HAS_CODES:
+            if flag != 0:
+                code = tl.load(
+                    key_codes + batch * codes_b + head * codes_h + keys, mask=keys < list_length, other=0
+                )
+                logits = tl.where((code == 0)[None, :], logits, float("-inf"))
+        if HAS_VALID:
+            valid = tl.load(key_valid + batch * valid_stride + keys) != 0
+            logits = tl.where(valid[None, :], logits, float("-inf"))
+        if HAS_WINDOW:
+            logits = tl.where(keys[None, :] > query_index[:, None] - window, logits, float("-inf"))
+        value_tile = tl.load(
+            value_base + keys[:, None].to(tl.int64) * v_m + in_dv[None, :], mask=in_dv[None, :] < DV, other=0.0
+        )
+        accumulator, total, highest, _, _ = _accumulate(logits, value_tile, accumulator, total, highest, PRECISION)
+
+    for first in tl.range(inner_stop, stop, BLOCK_M):
+        keys = first + in_m
+        inside = keys < num_keys
+        key_tile = tl.load(
+            key_base + keys[None, :].to(tl.int64) * k_m + in_d[:, None],
+            mask=inside[None, :] & (in_d[:, None] < D),
+            other=0.0,
+        )
+        logits = capped(tl.dot(query_tile, key_tile, input_precision=PRECISION) * to_log2, softcap, HAS_SOFTCAP)
+        visible, valid, bias = _allowed(
+            batch,
+            head,
+            rows,
+            keys,
+            query_index,
+            num_queries,
+            num_keys,
+            window,
+            key_valid,
+            valid_stride,
+            mask,
+            mask_stride_b,
+            mask_stride_h,
+            mask_stride_n,
+            mask_stride_m,
+            query_value,
+            key_value,
+            query_value_stride,
+            key_value_stride,
+            order_heads,
+            CAUSAL,
+            HAS_WINDOW,
+            HAS_VALID,
+            HAS_MASK,
+            MASK_IS_BIAS,
+            LOWEST,
+            HAS_VALUES,
+            HAS_ORDER_HEADS,
+        )
+        if MASK_IS_BIAS:
+            logits += bias
+        if HAS_CODES:
+            code = tl.load(key_codes + batch * codes_b + head * codes_h + keys, mask=keys < list_length, other=0)
+            visible = visible & (code == 0)[None, :]
+        logits = tl.where(visible, logits, float("-inf"))
+        value_tile = tl.load(
+            value_base + keys[:, None].to(tl.int64) * v_m + in_dv[None, :],
+            mask=inside[:, None] & (in_dv[None, :] < DV),
+            other=0.0,
+        )
+        accumulator, total, highest, _, _ = _accumulate(logits, value_tile, accumulator, total, highest, PRECISION)
+
+    if HAS_CODES:
+        source_total = tl.zeros([BLOCK_N], tl.float32)
+        target_total = tl.zeros([BLOCK_N], tl.float32)
+        of_total = tl.zeros([BLOCK_N], tl.float32)
+        share_total = tl.zeros([BLOCK_N], tl.float32)
+        source_accumulator = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+        target_accumulator = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+        for kind in tl.static_range(NUM_LISTS):
+            listed = tl.load(counts + batch * counts_b + head * counts_h + kind)
+            list_base = lists + batch * list_b + head * list_h + kind * list_length
+            if NUM_PAIRS == 0:
+                # The future is left out; an allow pair may show it.
+                listed = listed_before(list_base, listed, stop, BLOCK_M)
+            for place in tl.range(0, listed, BLOCK_M):
+                at = place + in_m
+                keys = tl.load(list_base + at, mask=at < listed, other=num_keys)
+                inside = keys < num_keys
+                code = tl.load(key_codes + batch * codes_b + head * codes_h + keys, mask=inside, other=0).to(tl.int32)
+                key_tile = tl.load(
+                    key_base + keys[None, :].to(tl.int64) * k_m + in_d[:, None],
+                    mask=inside[None, :] & (in_d[:, None] < D),
+                    other=0.0,
+                )
+                logits = capped(
+                    tl.dot(query_tile, key_tile, input_precision=PRECISION) * to_log2, softcap, HAS_SOFTCAP
+                )
+                visible, valid, bias = _allowed(
+                    batch,
+                    head,
+                    rows,
+                    keys,
+                    query_index,
+                    num_queries,
+                    num_keys,
+                    window,
+                    key_valid,
+                    valid_stride,
+                    mask,
+                    mask_stride_b,
+                    mask_stride_h,
+                    mask_stride_n,
+                    mask_stride_m,
+                    query_value,
+                    key_value,
+                    query_value_stride,
+                    key_value_stride,
+                    order_heads,
+                    CAUSAL,
+                    HAS_WINDOW,
+                    HAS_VALID,
+                    HAS_MASK,
+                    MASK_IS_BIAS,
+                    LOWEST,
+                    HAS_VALUES,
+                    HAS_ORDER_HEADS,
+                )
+                if MASK_IS_BIAS:
+                    logits += bias
+                logits = mapped_logits(
+                    logits, code[None, :], row_code, head, map_coefficients, num_heads, NUM_MAPS, MAP_KEYS, MAP_ROWS
+                )
+                visible = paired_visibility(
+                    visible, valid, code[None, :], row_code, head, pair_heads, num_heads, NUM_PAIRS, PAIR_KEYS, PAIR_ROWS
+                )
+                logits = tl.where(visible, logits, float("-inf"))
+                value_tile = tl.load(
+                    value_base + keys[:, None].to(tl.int64) * v_m + in_dv[None, :],
+                    mask=inside[:, None] & (in_dv[None, :] < DV),
+                    other=0.0,
+                )
+                if kind == 0:
+                    accumulator, total, highest, shrink, weights = _accumulate(
+                        logits, value_tile, accumulator, total, highest, PRECISION
+                    )
+                elif kind == 1:
+                    source_accumulator, source_total, highest, shrink, weights = _accumulate(
+                        logits, value_tile, source_accumulator, source_total, highest, PRECISION
+                    )
+                    accumulator = accumulator * shrink[:, None]
+                    total = total * shrink
+                else:
+                    target_accumulator, target_total, highest, shrink, weights = _accumulate(
+                        logits, value_tile, target_accumulator, target_total, highest, PRECISION
+                    )
+                    accumulator = accumulator * shrink[:, None]
+                    source_accumulator = source_accumulator * shrink[:, None]
+                    total = total * shrink
+                    source_total = source_total * shrink
+                if GATE_OF != NO_BIT_IN_KERNEL:
+                    in_gate = has_bit(code, GATE_OF)[None, :]
+                    of_total = of_total * shrink + tl.sum(tl.where(in_gate, weights, 0.0), 1)
+                if GATE_SHARE != NO_BIT_IN_KERNEL:
+                    in_gate = has_bit(code, GATE_SHARE)[None, :]
+                    share_total = share_total * shrink + tl.sum(tl.where(in_gate, weights, 0.0), 1)
+
+    everything = total
+    if HAS_REGROUP:
+        everything = total + source_total + target_total
+    if HAS_SINKS:
+        sink = LOG2_E * tl.load(
+            sinks + batch * sinks_stride_b + head * sinks_stride_h + rows * sinks_stride_n,
+            mask=row_inside,
+            other=float("-inf"),
+        ).to(tl.float32)
+        new_highest = tl.maximum(highest, sink)
+        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        shrink = tl.exp2(highest - base)
+        everything = everything * shrink + tl.exp2(sink - base)
+        accumulator = accumulator * shrink[:, None]
+        total = total * shrink
+        if HAS_REGROUP:
+            source_total = source_total * shrink
+            target_total = target_total * shrink
+            of_total = of_total * shrink
+            share_total = share_total * shrink
+            source_accumulator = source_accumulator * shrink[:, None]
+            target_accumulator = target_accumulator * shrink[:, None]
+        highest = new_highest
+    # A row that sees no key gives zeros.
+    whole = tl.where(everything > 0, everything, 1.0)
+    if HAS_REGROUP:
+        keep = tl.load(regroup + head)
+        if HAS_TARGET:
+            acts = target_total > 0
+        else:
+            acts = total > 0
+        if GATE_OF != NO_BIT_IN_KERNEL:
+            acts = acts & (of_total >= tl.load(regroup + num_heads + head) * whole)
+            if GATE_SHARE != NO_BIT_IN_KERNEL:
+                acts = acts & (share_total <= tl.load(regroup + 2 * num_heads + head) * of_total)
+        if REGROUP_ROW != NO_BIT_IN_KERNEL:
+            acts = acts & (tl.sum(has_bit(row_code, REGROUP_ROW).to(tl.int32), 1) != 0)
+        freed = tl.where(acts, (1 - keep) * source_total, 0.0) / whole
+        kept = tl.where(acts, keep, 1.0) / whole
+        if HAS_TARGET:
+            # The target's mean output times its new mass; its old mass may be tiny beside what it receives.
+            share = target_total / whole + freed
+            safe = tl.where(target_total > 0, target_total, 1.0)
+            accumulator = (
+                accumulator / whole[:, None]
+                + source_accumulator * kept[:, None]
+                + target_accumulator / safe[:, None] * share[:, None]
+            )
+        else:
+            share = total / whole + freed
+            safe = tl.where(total > 0, total, 1.0)
+            accumulator = accumulator / safe[:, None] * share[:, None] + source_accumulator * kept[:, None]
+    else:
+        accumulator = accumulator / whole[:, None]
+    if HAS_AFFINE:
+        factor = tl.load(gain + batch * gain_b + head)
+        affine = tl.where(factor == 0, 0.0, accumulator * factor)
+        if HAS_OFFSET:
+            affine += tl.load(
+                offset + batch * offset_b + head * DV + in_dv[None, :], mask=in_dv[None, :] < DV, other=0.0
+            )
+        if AFFINE_ROW != NO_BIT_IN_KERNEL:
+            affine = tl.where(has_bit(row_code, AFFINE_ROW), affine, accumulator)
+        accumulator = affine
+    tl.store(
+        output + batch * o_b + head * o_h + rows[:, None].to(tl.int64) * o_n + in_dv[None, :],
+        accumulator.to(output.dtype.element_ty),
+        mask=row_inside[:, None] & (in_dv[None, :] < DV),
+    )
+    if WRITE_LSE:
+        tl.store(
+            log_sum_exp + (batch * num_heads + head) * num_queries + rows,
+            tl.where(everything > 0, (highest + tl.log2(whole)) * LN_2, float("-inf")),
+            mask=row_inside,
+        )
+
+
+# Rows and keys of a tile, warps and pipeline stages, by padded head size; measured on an H200 (bench/edits.py).
+CONFIGS: dict[int, tuple[int, int, int, int]] = {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (64, 64, 8, 2)}
+
+
+def edited_flash(
+    inputs: AttentionInputs,
+    lowered: LoweredEdits,
+    heads: Tensor | None = None,
+    output: Tensor | None = None,
+    row_tiles: Tensor | None = None,
+    with_log_sum_exp: bool = False,
+    config: tuple[int, int, int, int] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Output ``(B, H, N, Dv)`` in the value's dtype and, on request, the log-sum-exp ``(B, H, N)`` float32, natural.
+
+    ``heads`` (h,) int32 restricts the work to some heads; the others' output is left as ``output`` has it. ``row_tiles``
+    ``(B, H, tiles)`` int32 restricts it to the row tiles that are not 0 (``rows_in_tile`` says how many rows one has).
+    Inputs need a contiguous last dimension. All primitives but Sparsity; dropout is not applied.
+    """
+    query, key, value = (_last_contiguous(tensor) for tensor in (inputs.query, inputs.key, inputs.value))
+    batch, num_heads, num_queries, head_dim = query.shape
+    num_keys, value_dim = key.shape[2], value.shape[3]
+    if output is None:
+        output = value.new_empty(batch, num_queries, num_heads, value_dim).transpose(1, 2)
+    log_sum_exp = query.new_empty(batch, num_heads, num_queries, dtype=torch.float32) if with_log_sum_exp else None
+    block_d, block_dv = _padded(head_dim), _padded(value_dim)
+    block_n, block_m, warps, stages = config or config_of(query.dtype, max(block_d, block_dv))
+    given = inputs.mask if inputs.mask is not None else inputs.bias
+    if given is not None:
+        given = given.expand(batch, num_heads, -1, -1)
+    listed = lowered.listed if lowered.key_codes.shape[-1] and lowered.edits_weights else None
+    codes, rows, regroup = lowered.key_codes, lowered.row_codes, lowered.regroup
+    sinks = None if inputs.sink_logits is None else inputs.sink_logits.expand(batch, num_heads, num_queries)
+    values = lowered.order_values
+    valid = inputs.key_valid if inputs.padded else None
+    none = query  # a pointer that is never read
+    grid = (triton.cdiv(num_queries, block_n), num_heads if heads is None else len(heads), batch)
+    _edited_flash[grid](
+        query,
+        key,
+        value,
+        output,
+        none if log_sum_exp is None else log_sum_exp,
+        none if heads is None else heads,
+        none if row_tiles is None else row_tiles,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *output.stride()[:3],
+        num_heads,
+        num_heads // key.shape[1],
+        num_queries,
+        num_keys,
+        inputs.query_offset,
+        inputs.scaling,
+        inputs.softcap or 0.0,
+        inputs.window or 0,
+        none if valid is None else valid,
+        0 if valid is None else _batch_stride(valid),
+        none if given is None else given,
+        *((0, 0, 0, 0) if given is None else given.stride()),
+        none if sinks is None else sinks,
+        *((0, 0, 0) if sinks is None else sinks.stride()),
+        none if values is None else values[0],
+        none if values is None else values[1],
+        0 if values is None else _batch_stride(values[0]),
+        0 if values is None else _batch_stride(values[1]),
+        none if lowered.order_heads is None else lowered.order_heads,
+        codes,
+        *_strides(codes),
+        none if rows is None else rows,
+        0 if rows is None else _batch_stride(rows),
+        none if listed is None else listed.indices,
+        *((0, 0) if listed is None else _strides(listed.indices)),
+        codes.shape[-1],
+        none if listed is None else listed.counts,
+        *((0, 0) if listed is None else _strides(listed.counts)),
+        none if listed is None else listed.tile_flags,
+        *((0, 0) if listed is None else _strides(listed.tile_flags)),
+        0 if listed is None else listed.tile_flags.shape[-1],
+        lowered.map_coefficients,
+        lowered.pair_heads,
+        none if regroup is None else regroup.coefficients,
+        none if lowered.gain is None else lowered.gain,
+        0 if lowered.gain is None else _batch_stride(lowered.gain),
+        none if lowered.offset is None else lowered.offset,
+        0 if lowered.offset is None else _batch_stride(lowered.offset),
+        CAUSAL=inputs.causal,
+        HAS_WINDOW=inputs.window is not None,
+        HAS_VALID=valid is not None,
+        HAS_MASK=given is not None,
+        MASK_IS_BIAS=inputs.mask is None and inputs.bias is not None,
+        LOWEST=0.0 if inputs.bias is None else torch.finfo(inputs.bias.dtype).min / 2,
+        HAS_SOFTCAP=inputs.softcap is not None,
+        HAS_SINKS=sinks is not None,
+        HAS_VALUES=values is not None,
+        HAS_ORDER_HEADS=lowered.order_heads is not None,
+        HAS_ROW_CODES=rows is not None,
+        HAS_CODES=listed is not None,
+        NUM_MAPS=lowered.num_maps,
+        MAP_KEYS=lowered.map_keys,
+        MAP_ROWS=lowered.map_rows,
+        NUM_PAIRS=lowered.num_pairs,
+        PAIR_KEYS=lowered.pair_keys,
+        PAIR_ROWS=lowered.pair_rows,
+        NUM_LISTS=1 if regroup is None else 2 if regroup.target == NO_BIT else 3,
+        HAS_REGROUP=regroup is not None,
+        HAS_TARGET=regroup is not None and regroup.target != NO_BIT,
+        GATE_OF=NO_BIT if regroup is None else regroup.gate_of,
+        GATE_SHARE=NO_BIT if regroup is None else regroup.gate_share,
+        REGROUP_ROW=NO_BIT if regroup is None else regroup.row,
+        HAS_AFFINE=lowered.gain is not None,
+        HAS_OFFSET=lowered.offset is not None,
+        AFFINE_ROW=lowered.affine_row,
+        HAS_HEADS=heads is not None,
+        ONLY_FLAGGED=row_tiles is not None,
+        WRITE_LSE=with_log_sum_exp,
+        D=head_dim,
+        DV=value_dim,
+        BLOCK_D=block_d,
+        BLOCK_DV=block_dv,
+        BLOCK_N=block_n,
+        BLOCK_M=block_m,
+        FLAG_TILE=TILE,
+        PRECISION="ieee",
+        STAGES=stages,
+        num_warps=warps,
+    )
+    return output, log_sum_exp
+
+
+def config_of(dtype: torch.dtype, block_d: int) -> tuple[int, int, int, int]:
+    """Rows and keys of a tile, warps, stages. float32 has no fast matrix path and needs twice the shared memory."""
+    if dtype == torch.float32:
+        return (64, 64, 4, 1) if block_d <= 128 else (16, 64, 4, 1)
+    return CONFIGS[max(64, block_d)]
+
+
+def _padded(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+def _last_contiguous(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _batch_stride(tensor: Tensor) -> int:
+    """Stride over samples; 0 where one row serves all."""
+    return 0 if tensor.shape[0] == 1 else tensor.stride(0)
+
+
+def _strides(tensor: Tensor) -> tuple[int, int]:
+    """Strides over samples and heads of ``(b, h, ...)``; 0 where one serves all."""
+    return _batch_stride(tensor), 0 if tensor.shape[1] == 1 else tensor.stride(1)

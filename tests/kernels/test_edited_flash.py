@@ -1,0 +1,86 @@
+"""The edited flash kernel against the literal specification: in the interpreter on a CPU, compiled on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+
+from attn_kernels import AttentionInputs, HeadAffine, LogitMap, Order, Primitive, Regroup, edited_attention_reference
+from attn_kernels.edited_attention.edited_flash import edited_flash
+from attn_kernels.edited_attention.lowering import NotLowered, lower
+from tests.kernels.strategies import attention_inputs, calls_with_edits
+from tests.kernels.triton_device import DEVICE, on_device
+
+KINDS = (LogitMap, Order, Regroup, HeadAffine)
+# Tiles so small that a toy call has several of them.
+SMALL = (16, 64, 4, 1)
+
+
+def lowered_or_assume(inputs: AttentionInputs, edits: list[Primitive]):
+    try:
+        return lower(inputs, edits)
+    except NotLowered:
+        assume(False)
+
+
+def ungated(edits: list[Primitive]) -> list[Primitive]:
+    """Gates compare masses with a threshold, where float32 and float64 may fall on different sides."""
+    return [replace(edit, gate=None) if isinstance(edit, Regroup) else edit for edit in edits]
+
+
+@given(calls_with_edits(kinds=KINDS))
+@settings(max_examples=60, deadline=None)
+def test_equals_the_specification(case: tuple[AttentionInputs, list[Primitive]]) -> None:
+    inputs, edits = on_device(case)
+    expected, _ = edited_attention_reference(*on_device((inputs, edits), "cpu"))
+    output, _ = edited_flash(inputs, lowered_or_assume(inputs, edits), config=SMALL)
+    torch.testing.assert_close(output.double().cpu(), expected, rtol=2e-3, atol=2e-3)
+
+
+@given(attention_inputs())
+@settings(max_examples=25, deadline=None)
+def test_without_edits_gives_plain_attention_and_its_log_sum_exp(inputs: AttentionInputs) -> None:
+    inputs, _ = on_device((inputs, []))
+    expected, weights = edited_attention_reference(*on_device((inputs, []), "cpu"))
+    output, log_sum_exp = edited_flash(inputs, lower(inputs, []), with_log_sum_exp=True, config=SMALL)
+    torch.testing.assert_close(output.double().cpu(), expected, rtol=2e-3, atol=2e-3)
+    assert log_sum_exp is not None
+    assert torch.isfinite(log_sum_exp.cpu()[weights.sum(-1) > 0]).all()
+
+
+def test_no_query_head_is_left_out_when_heads_are_chosen() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 4, 33, 16, generator=generator, device="cpu") for _ in range(3))
+    index = torch.arange(33)
+    inputs = AttentionInputs(
+        query, key, value, 0.25, index, index, index[None], index[None], torch.ones(1, 33, dtype=torch.bool)
+    )
+    inputs, _ = on_device((inputs, []))
+    whole, _ = edited_flash(inputs, lower(inputs, []), config=SMALL)
+    kept = torch.full_like(whole, 7.0)
+    chosen = torch.tensor([1, 3], dtype=torch.int32, device=DEVICE)
+    some, _ = edited_flash(inputs, lower(inputs, []), heads=chosen, output=kept, config=SMALL)
+    assert bool((some[:, [0, 2]] == 7).all())
+    torch.testing.assert_close(some[:, [1, 3]], whole[:, [1, 3]])
+
+
+@pytest.mark.parametrize("mass", [0.99, 0.9999, 0.999999])
+def test_a_source_that_holds_nearly_all_mass_costs_no_digits(mass: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    size, dim = 70, 32
+    query = torch.randn(1, 2, size, dim, generator=generator)
+    key, value = torch.randn(1, 1, size, dim, generator=generator), torch.randn(1, 1, size, dim, generator=generator)
+    index = torch.arange(size)
+    inputs = AttentionInputs(
+        query, key, value, dim**-0.5, index, index, index[None], index[None], torch.ones(1, size, dtype=torch.bool)
+    )
+    sink = (index == 0)[None, None]
+    lift = float(torch.logit(torch.tensor(mass, dtype=torch.float64))) + 4.0
+    edits: list[Primitive] = [LogitMap(sink, bias=lift), Regroup(sink, keep=0.4)]
+    inputs, edits = on_device((inputs, edits))
+    expected, _ = edited_attention_reference(*on_device((inputs, edits), "cpu"))
+    output, _ = edited_flash(inputs, lower(inputs, edits), config=SMALL)
+    torch.testing.assert_close(output.double().cpu(), expected, rtol=1e-5, atol=1e-5)
