@@ -17,23 +17,64 @@ import triton.language as tl
 from torch import Tensor
 
 from attn_kernels.edited_attention.lowering import NO_BIT, TILE, LoweredEdits
-from attn_kernels.edited_attention.tiles import LN_2, LOG2_E, capped, has_bit, listed_before, mapped_logits, paired_visibility
+from attn_kernels.edited_attention.tiles import (
+    LN_2,
+    LOG2_E,
+    capped,
+    has_bit,
+    listed_before,
+    mapped_logits,
+    matmul,
+    paired_visibility,
+    scores,
+)
 from attn_kernels.edited_attention.tiles import NO_BIT as NO_BIT_IN_KERNEL
 from attn_kernels.inputs import AttentionInputs
+
+# The running maximum starts here, not at minus infinity, so that a row that sees nothing meets no inf - inf.
+LOWEST_MAXIMUM = tl.constexpr(-1.0e30)
 
 
 @triton.jit
 def _accumulate(logits, value, accumulator, total, highest, PRECISION: tl.constexpr):
-    """One step of the online softmax: the new accumulator, total and running maximum."""
+    """One step of the online softmax: the new accumulator, total, running maximum, and what this step did."""
     new_highest = tl.maximum(highest, tl.max(logits, 1))
-    # A row that has seen nothing keeps -inf; it must not meet itself in a difference.
-    base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-    weights = tl.exp2(logits - base[:, None])
-    shrink = tl.exp2(highest - base)
+    weights = tl.exp2(logits - new_highest[:, None])
+    shrink = tl.exp2(highest - new_highest)
     total = total * shrink + tl.sum(weights, 1)
     accumulator = accumulator * shrink[:, None]
-    accumulator = tl.dot(weights.to(value.dtype), value, accumulator, input_precision=PRECISION)
+    accumulator = matmul(weights.to(value.dtype), value, accumulator, PRECISION)
     return accumulator, total, new_highest, shrink, weights
+
+
+@triton.jit
+def load_tile(base, at, in_d, SIZE: tl.constexpr, BLOCK: tl.constexpr, inside, TRANSPOSED: tl.constexpr):
+    """Rows at the element offsets ``at`` (C,) of a matrix whose rows are contiguous: (C, D), or (D, C) transposed."""
+    if TRANSPOSED:
+        place = base + at[None, :] + in_d[:, None]
+        inside = inside[None, :]
+        if SIZE != BLOCK:
+            inside = inside & (in_d[:, None] < SIZE)
+    else:
+        place = base + at[:, None] + in_d[None, :]
+        inside = inside[:, None]
+        if SIZE != BLOCK:
+            inside = inside & (in_d[None, :] < SIZE)
+    return tl.load(place, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_whole_tile(base, at, in_d, SIZE: tl.constexpr, BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """As ``load_tile`` where every row is inside, so that no mask is needed."""
+    if TRANSPOSED:
+        place = base + at[None, :] + in_d[:, None]
+        if SIZE != BLOCK:
+            return tl.load(place, mask=in_d[:, None] < SIZE, other=0.0)
+    else:
+        place = base + at[:, None] + in_d[None, :]
+        if SIZE != BLOCK:
+            return tl.load(place, mask=in_d[None, :] < SIZE, other=0.0)
+    return tl.load(place)
 
 
 @triton.jit
@@ -105,6 +146,104 @@ def _allowed(
         else:
             visible = by_value
     return visible, valid[None, :], bias
+
+
+@triton.jit
+def _listed_logits(
+    query_tile,
+    keys,
+    in_d,
+    rows,
+    row_code,
+    query_index,
+    batch,
+    head,
+    key_base,
+    k_m,
+    codes_base,
+    to_log2,
+    softcap,
+    num_heads,
+    num_queries,
+    num_keys,
+    window,
+    key_valid,
+    valid_stride,
+    mask,
+    mask_stride_b,
+    mask_stride_h,
+    mask_stride_n,
+    mask_stride_m,
+    query_value,
+    key_value,
+    query_value_stride,
+    key_value_stride,
+    order_heads,
+    map_coefficients,
+    pair_heads,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    MASK_IS_BIAS: tl.constexpr,
+    LOWEST: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_VALUES: tl.constexpr,
+    HAS_ORDER_HEADS: tl.constexpr,
+    NUM_MAPS: tl.constexpr,
+    MAP_KEYS: tl.constexpr,
+    MAP_ROWS: tl.constexpr,
+    NUM_PAIRS: tl.constexpr,
+    PAIR_KEYS: tl.constexpr,
+    PAIR_ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Edited logits (R, C) of touched keys ``keys`` (C,), minus infinity where invisible, with the keys' codes."""
+    inside = keys < num_keys
+    code = tl.load(codes_base + keys, mask=inside, other=0).to(tl.int32)
+    key_tile = load_tile(key_base, keys.to(tl.int64) * k_m, in_d, D, BLOCK_D, inside, True)
+    logits = capped(scores(query_tile, key_tile, to_log2, PRECISION), softcap, HAS_SOFTCAP)
+    visible, valid, bias = _allowed(
+        batch,
+        head,
+        rows,
+        keys,
+        query_index,
+        num_queries,
+        num_keys,
+        window,
+        key_valid,
+        valid_stride,
+        mask,
+        mask_stride_b,
+        mask_stride_h,
+        mask_stride_n,
+        mask_stride_m,
+        query_value,
+        key_value,
+        query_value_stride,
+        key_value_stride,
+        order_heads,
+        CAUSAL,
+        HAS_WINDOW,
+        HAS_VALID,
+        HAS_MASK,
+        MASK_IS_BIAS,
+        LOWEST,
+        HAS_VALUES,
+        HAS_ORDER_HEADS,
+    )
+    if MASK_IS_BIAS:
+        logits += bias
+    logits = mapped_logits(
+        logits, code[None, :], row_code, head, map_coefficients, num_heads, NUM_MAPS, MAP_KEYS, MAP_ROWS
+    )
+    visible = paired_visibility(
+        visible, valid, code[None, :], row_code, head, pair_heads, num_heads, NUM_PAIRS, PAIR_KEYS, PAIR_ROWS
+    )
+    return tl.where(visible, logits, float("-inf")), code, inside
 
 
 @triton.jit
@@ -187,6 +326,7 @@ def _edited_flash(
     HAS_ORDER_HEADS: tl.constexpr,
     HAS_ROW_CODES: tl.constexpr,
     HAS_CODES: tl.constexpr,
+    CODES_BY_BRANCH: tl.constexpr,
     NUM_MAPS: tl.constexpr,
     MAP_KEYS: tl.constexpr,
     MAP_ROWS: tl.constexpr,
@@ -238,6 +378,9 @@ def _edited_flash(
     )
     key_base = key + batch * k_b + kv_head * k_h
     value_base = value + batch * v_b + kv_head * v_h
+    if HAS_CODES:
+        codes_base = key_codes + batch * codes_b + head * codes_h
+        flags_base = tile_flags + batch * flags_b + head * flags_h
     to_log2 = scaling * LOG2_E
     row_code = tl.zeros([BLOCK_N, 1], tl.int32)
     if HAS_ROW_CODES:
@@ -245,7 +388,7 @@ def _edited_flash(
 
     accumulator = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
-    highest = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    highest = tl.full([BLOCK_N], LOWEST_MAXIMUM, tl.float32)
 
     # Keys that a row of this tile may see by index: all of them where a mask or an order value decides.
     stop = num_keys
@@ -260,44 +403,38 @@ def _edited_flash(
         inner_stop = num_keys // BLOCK_M * BLOCK_M
     inner_stop = tl.maximum(inner_stop, start)
 
+    in_key_tile = in_m * k_m
+    in_value_tile = in_m * v_m
     for first in tl.range(start, inner_stop, BLOCK_M, num_stages=STAGES):
-        keys = first + in_m
-        flag = 0
+        key_tile = load_whole_tile(key_base + first * k_m.to(tl.int64), in_key_tile, in_d, D, BLOCK_D, True)
+        logits = capped(scores(query_tile, key_tile, to_log2, PRECISION), softcap, HAS_SOFTCAP)
         if HAS_CODES:
-            for part in tl.static_range(BLOCK_M // FLAG_TILE):
-                at = first // FLAG_TILE + part
-                flag += tl.load(tile_flags + batch * flags_b + head * flags_h + at, mask=at < num_flags, other=0).to(
-                    tl.int32
-                )
-        key_tile = tl.load(
-            key_base + keys[None, :].to(tl.int64) * k_m + in_d[:, None], mask=in_d[:, None] < D, other=0.0
-        )
-        logits = capped(tl.dot(query_tile, key_tile, input_precision=PRECISION) * to_log2, softcap, HAS_SOFTCAP)
-        if HAS_CODES:
-            if flag != 0:
-                code = tl.load(
-                    key_codes + batch * codes_b + head * codes_h + keys, mask=keys < list_length, other=0
-                )
-                logits = tl.where((code == 0)[None, :], logits, float("-inf"))
+            if CODES_BY_BRANCH:
+                flag = 0
+                for part in tl.static_range(BLOCK_M // FLAG_TILE):
+                    at = first // FLAG_TILE + part
+                    flag += tl.load(flags_base + at, mask=at < num_flags, other=0).to(tl.int32)
+                if flag != 0:
+                    keys = first + in_m
+                    code = tl.load(codes_base + keys, mask=keys < list_length, other=0)
+                    logits = tl.where((code == 0)[None, :], logits, float("-inf"))
+            else:
+                keys = first + in_m
+                code = tl.load(codes_base + keys, mask=keys < list_length, other=0)
+                logits += tl.where(code == 0, 0.0, float("-inf"))[None, :]
         if HAS_VALID:
-            valid = tl.load(key_valid + batch * valid_stride + keys) != 0
-            logits = tl.where(valid[None, :], logits, float("-inf"))
+            valid = tl.load(key_valid + batch * valid_stride + first + in_m) != 0
+            logits += tl.where(valid, 0.0, float("-inf"))[None, :]
         if HAS_WINDOW:
-            logits = tl.where(keys[None, :] > query_index[:, None] - window, logits, float("-inf"))
-        value_tile = tl.load(
-            value_base + keys[:, None].to(tl.int64) * v_m + in_dv[None, :], mask=in_dv[None, :] < DV, other=0.0
-        )
+            logits = tl.where((first + in_m)[None, :] > query_index[:, None] - window, logits, float("-inf"))
+        value_tile = load_whole_tile(value_base + first * v_m.to(tl.int64), in_value_tile, in_dv, DV, BLOCK_DV, False)
         accumulator, total, highest, _, _ = _accumulate(logits, value_tile, accumulator, total, highest, PRECISION)
 
     for first in tl.range(inner_stop, stop, BLOCK_M):
         keys = first + in_m
         inside = keys < num_keys
-        key_tile = tl.load(
-            key_base + keys[None, :].to(tl.int64) * k_m + in_d[:, None],
-            mask=inside[None, :] & (in_d[:, None] < D),
-            other=0.0,
-        )
-        logits = capped(tl.dot(query_tile, key_tile, input_precision=PRECISION) * to_log2, softcap, HAS_SOFTCAP)
+        key_tile = load_tile(key_base, keys.to(tl.int64) * k_m, in_d, D, BLOCK_D, inside, True)
+        logits = capped(scores(query_tile, key_tile, to_log2, PRECISION), softcap, HAS_SOFTCAP)
         visible, valid, bias = _allowed(
             batch,
             head,
@@ -331,14 +468,10 @@ def _edited_flash(
         if MASK_IS_BIAS:
             logits += bias
         if HAS_CODES:
-            code = tl.load(key_codes + batch * codes_b + head * codes_h + keys, mask=keys < list_length, other=0)
+            code = tl.load(codes_base + keys, mask=keys < list_length, other=0)
             visible = visible & (code == 0)[None, :]
         logits = tl.where(visible, logits, float("-inf"))
-        value_tile = tl.load(
-            value_base + keys[:, None].to(tl.int64) * v_m + in_dv[None, :],
-            mask=inside[:, None] & (in_dv[None, :] < DV),
-            other=0.0,
-        )
+        value_tile = load_tile(value_base, keys.to(tl.int64) * v_m, in_dv, DV, BLOCK_DV, inside, False)
         accumulator, total, highest, _, _ = _accumulate(logits, value_tile, accumulator, total, highest, PRECISION)
 
     if HAS_CODES:
@@ -346,8 +479,9 @@ def _edited_flash(
         target_total = tl.zeros([BLOCK_N], tl.float32)
         of_total = tl.zeros([BLOCK_N], tl.float32)
         share_total = tl.zeros([BLOCK_N], tl.float32)
-        source_accumulator = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-        target_accumulator = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+        if HAS_TARGET:
+            target_accumulator = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+        # The keys that an edit of the logits touches, the source, the target, in this order.
         for kind in tl.static_range(NUM_LISTS):
             listed = tl.load(counts + batch * counts_b + head * counts_h + kind)
             list_base = lists + batch * list_b + head * list_h + kind * list_length
@@ -357,22 +491,21 @@ def _edited_flash(
             for place in tl.range(0, listed, BLOCK_M):
                 at = place + in_m
                 keys = tl.load(list_base + at, mask=at < listed, other=num_keys)
-                inside = keys < num_keys
-                code = tl.load(key_codes + batch * codes_b + head * codes_h + keys, mask=inside, other=0).to(tl.int32)
-                key_tile = tl.load(
-                    key_base + keys[None, :].to(tl.int64) * k_m + in_d[:, None],
-                    mask=inside[None, :] & (in_d[:, None] < D),
-                    other=0.0,
-                )
-                logits = capped(
-                    tl.dot(query_tile, key_tile, input_precision=PRECISION) * to_log2, softcap, HAS_SOFTCAP
-                )
-                visible, valid, bias = _allowed(
+                logits, code, inside = _listed_logits(
+                    query_tile,
+                    keys,
+                    in_d,
+                    rows,
+                    row_code,
+                    query_index,
                     batch,
                     head,
-                    rows,
-                    keys,
-                    query_index,
+                    key_base,
+                    k_m,
+                    codes_base,
+                    to_log2,
+                    softcap,
+                    num_heads,
                     num_queries,
                     num_keys,
                     window,
@@ -388,47 +521,49 @@ def _edited_flash(
                     query_value_stride,
                     key_value_stride,
                     order_heads,
+                    map_coefficients,
+                    pair_heads,
                     CAUSAL,
                     HAS_WINDOW,
                     HAS_VALID,
                     HAS_MASK,
                     MASK_IS_BIAS,
                     LOWEST,
+                    HAS_SOFTCAP,
                     HAS_VALUES,
                     HAS_ORDER_HEADS,
+                    NUM_MAPS,
+                    MAP_KEYS,
+                    MAP_ROWS,
+                    NUM_PAIRS,
+                    PAIR_KEYS,
+                    PAIR_ROWS,
+                    D,
+                    BLOCK_D,
+                    PRECISION,
                 )
-                if MASK_IS_BIAS:
-                    logits += bias
-                logits = mapped_logits(
-                    logits, code[None, :], row_code, head, map_coefficients, num_heads, NUM_MAPS, MAP_KEYS, MAP_ROWS
-                )
-                visible = paired_visibility(
-                    visible, valid, code[None, :], row_code, head, pair_heads, num_heads, NUM_PAIRS, PAIR_KEYS, PAIR_ROWS
-                )
-                logits = tl.where(visible, logits, float("-inf"))
-                value_tile = tl.load(
-                    value_base + keys[:, None].to(tl.int64) * v_m + in_dv[None, :],
-                    mask=inside[:, None] & (in_dv[None, :] < DV),
-                    other=0.0,
-                )
-                if kind == 0:
-                    accumulator, total, highest, shrink, weights = _accumulate(
-                        logits, value_tile, accumulator, total, highest, PRECISION
-                    )
-                elif kind == 1:
-                    source_accumulator, source_total, highest, shrink, weights = _accumulate(
-                        logits, value_tile, source_accumulator, source_total, highest, PRECISION
-                    )
+                if kind == 1:
+                    # Only the source's mass for now; its values come when it is known what it keeps.
+                    new_highest = tl.maximum(highest, tl.max(logits, 1))
+                    weights = tl.exp2(logits - new_highest[:, None])
+                    shrink = tl.exp2(highest - new_highest)
+                    source_total = source_total * shrink + tl.sum(weights, 1)
                     accumulator = accumulator * shrink[:, None]
                     total = total * shrink
+                    highest = new_highest
                 else:
-                    target_accumulator, target_total, highest, shrink, weights = _accumulate(
-                        logits, value_tile, target_accumulator, target_total, highest, PRECISION
-                    )
-                    accumulator = accumulator * shrink[:, None]
-                    source_accumulator = source_accumulator * shrink[:, None]
-                    total = total * shrink
-                    source_total = source_total * shrink
+                    value_tile = load_tile(value_base, keys.to(tl.int64) * v_m, in_dv, DV, BLOCK_DV, inside, False)
+                    if kind == 0:
+                        accumulator, total, highest, shrink, weights = _accumulate(
+                            logits, value_tile, accumulator, total, highest, PRECISION
+                        )
+                    else:
+                        target_accumulator, target_total, highest, shrink, weights = _accumulate(
+                            logits, value_tile, target_accumulator, target_total, highest, PRECISION
+                        )
+                        accumulator = accumulator * shrink[:, None]
+                        total = total * shrink
+                        source_total = source_total * shrink
                 if GATE_OF != NO_BIT_IN_KERNEL:
                     in_gate = has_bit(code, GATE_OF)[None, :]
                     of_total = of_total * shrink + tl.sum(tl.where(in_gate, weights, 0.0), 1)
@@ -446,9 +581,8 @@ def _edited_flash(
             other=float("-inf"),
         ).to(tl.float32)
         new_highest = tl.maximum(highest, sink)
-        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        shrink = tl.exp2(highest - base)
-        everything = everything * shrink + tl.exp2(sink - base)
+        shrink = tl.exp2(highest - new_highest)
+        everything = everything * shrink + tl.exp2(sink - new_highest)
         accumulator = accumulator * shrink[:, None]
         total = total * shrink
         if HAS_REGROUP:
@@ -456,8 +590,8 @@ def _edited_flash(
             target_total = target_total * shrink
             of_total = of_total * shrink
             share_total = share_total * shrink
-            source_accumulator = source_accumulator * shrink[:, None]
-            target_accumulator = target_accumulator * shrink[:, None]
+            if HAS_TARGET:
+                target_accumulator = target_accumulator * shrink[:, None]
         highest = new_highest
     # A row that sees no key gives zeros.
     whole = tl.where(everything > 0, everything, 1.0)
@@ -474,20 +608,77 @@ def _edited_flash(
         if REGROUP_ROW != NO_BIT_IN_KERNEL:
             acts = acts & (tl.sum(has_bit(row_code, REGROUP_ROW).to(tl.int32), 1) != 0)
         freed = tl.where(acts, (1 - keep) * source_total, 0.0) / whole
-        kept = tl.where(acts, keep, 1.0) / whole
         if HAS_TARGET:
             # The target's mean output times its new mass; its old mass may be tiny beside what it receives.
             share = target_total / whole + freed
             safe = tl.where(target_total > 0, target_total, 1.0)
-            accumulator = (
-                accumulator / whole[:, None]
-                + source_accumulator * kept[:, None]
-                + target_accumulator / safe[:, None] * share[:, None]
-            )
+            accumulator = accumulator / whole[:, None] + target_accumulator * (share / safe)[:, None]
         else:
             share = total / whole + freed
             safe = tl.where(total > 0, total, 1.0)
-            accumulator = accumulator / safe[:, None] * share[:, None] + source_accumulator * kept[:, None]
+            accumulator = accumulator * (share / safe)[:, None]
+        kept = tl.where(acts, keep, 1.0) / whole
+        listed = tl.load(counts + batch * counts_b + head * counts_h + 1)
+        list_base = lists + batch * list_b + head * list_h + list_length
+        if NUM_PAIRS == 0:
+            listed = listed_before(list_base, listed, stop, BLOCK_M)
+        for place in tl.range(0, listed, BLOCK_M):
+            at = place + in_m
+            keys = tl.load(list_base + at, mask=at < listed, other=num_keys)
+            logits, code, inside = _listed_logits(
+                query_tile,
+                keys,
+                in_d,
+                rows,
+                row_code,
+                query_index,
+                batch,
+                head,
+                key_base,
+                k_m,
+                codes_base,
+                to_log2,
+                softcap,
+                num_heads,
+                num_queries,
+                num_keys,
+                window,
+                key_valid,
+                valid_stride,
+                mask,
+                mask_stride_b,
+                mask_stride_h,
+                mask_stride_n,
+                mask_stride_m,
+                query_value,
+                key_value,
+                query_value_stride,
+                key_value_stride,
+                order_heads,
+                map_coefficients,
+                pair_heads,
+                CAUSAL,
+                HAS_WINDOW,
+                HAS_VALID,
+                HAS_MASK,
+                MASK_IS_BIAS,
+                LOWEST,
+                HAS_SOFTCAP,
+                HAS_VALUES,
+                HAS_ORDER_HEADS,
+                NUM_MAPS,
+                MAP_KEYS,
+                MAP_ROWS,
+                NUM_PAIRS,
+                PAIR_KEYS,
+                PAIR_ROWS,
+                D,
+                BLOCK_D,
+                PRECISION,
+            )
+            value_tile = load_tile(value_base, keys.to(tl.int64) * v_m, in_dv, DV, BLOCK_DV, inside, False)
+            weights = tl.exp2(logits - highest[:, None]) * kept[:, None]
+            accumulator = matmul(weights.to(value_tile.dtype), value_tile, accumulator, PRECISION)
     else:
         accumulator = accumulator / whole[:, None]
     if HAS_AFFINE:
@@ -513,6 +704,7 @@ def _edited_flash(
         )
 
 
+CODES_BY_BRANCH = True
 # Rows and keys of a tile, warps and pipeline stages, by padded head size; measured on an H200 (bench/edits.py).
 CONFIGS: dict[int, tuple[int, int, int, int]] = {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (64, 64, 8, 2)}
 
@@ -548,16 +740,15 @@ def edited_flash(
     sinks = None if inputs.sink_logits is None else inputs.sink_logits.expand(batch, num_heads, num_queries)
     values = lowered.order_values
     valid = inputs.key_valid if inputs.padded else None
-    none = query  # a pointer that is never read
     grid = (triton.cdiv(num_queries, block_n), num_heads if heads is None else len(heads), batch)
     _edited_flash[grid](
         query,
         key,
         value,
         output,
-        none if log_sum_exp is None else log_sum_exp,
-        none if heads is None else heads,
-        none if row_tiles is None else row_tiles,
+        None if log_sum_exp is None else log_sum_exp,
+        None if heads is None else heads,
+        None if row_tiles is None else row_tiles,
         *query.stride()[:3],
         *key.stride()[:3],
         *value.stride()[:3],
@@ -570,35 +761,35 @@ def edited_flash(
         inputs.scaling,
         inputs.softcap or 0.0,
         inputs.window or 0,
-        none if valid is None else valid,
+        None if valid is None else valid,
         0 if valid is None else _batch_stride(valid),
-        none if given is None else given,
+        None if given is None else given,
         *((0, 0, 0, 0) if given is None else given.stride()),
-        none if sinks is None else sinks,
+        None if sinks is None else sinks,
         *((0, 0, 0) if sinks is None else sinks.stride()),
-        none if values is None else values[0],
-        none if values is None else values[1],
+        None if values is None else values[0],
+        None if values is None else values[1],
         0 if values is None else _batch_stride(values[0]),
         0 if values is None else _batch_stride(values[1]),
-        none if lowered.order_heads is None else lowered.order_heads,
+        None if lowered.order_heads is None else lowered.order_heads,
         codes,
         *_strides(codes),
-        none if rows is None else rows,
+        None if rows is None else rows,
         0 if rows is None else _batch_stride(rows),
-        none if listed is None else listed.indices,
+        None if listed is None else listed.indices,
         *((0, 0) if listed is None else _strides(listed.indices)),
         codes.shape[-1],
-        none if listed is None else listed.counts,
+        None if listed is None else listed.counts,
         *((0, 0) if listed is None else _strides(listed.counts)),
-        none if listed is None else listed.tile_flags,
+        None if listed is None else listed.tile_flags,
         *((0, 0) if listed is None else _strides(listed.tile_flags)),
         0 if listed is None else listed.tile_flags.shape[-1],
         lowered.map_coefficients,
         lowered.pair_heads,
-        none if regroup is None else regroup.coefficients,
-        none if lowered.gain is None else lowered.gain,
+        None if regroup is None else regroup.coefficients,
+        None if lowered.gain is None else lowered.gain,
         0 if lowered.gain is None else _batch_stride(lowered.gain),
-        none if lowered.offset is None else lowered.offset,
+        None if lowered.offset is None else lowered.offset,
         0 if lowered.offset is None else _batch_stride(lowered.offset),
         CAUSAL=inputs.causal,
         HAS_WINDOW=inputs.window is not None,
@@ -612,6 +803,7 @@ def edited_flash(
         HAS_ORDER_HEADS=lowered.order_heads is not None,
         HAS_ROW_CODES=rows is not None,
         HAS_CODES=listed is not None,
+        CODES_BY_BRANCH=CODES_BY_BRANCH,
         NUM_MAPS=lowered.num_maps,
         MAP_KEYS=lowered.map_keys,
         MAP_ROWS=lowered.map_rows,

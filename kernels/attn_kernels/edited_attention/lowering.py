@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from attn_kernels.inputs import AttentionInputs
-from attn_kernels.primitives import Gate, HeadAffine, LogitMap, Order, Primitive, Regroup, Sparsity, Tap
+from attn_kernels.primitives import Gate, HeadAffine, LogitMap, Order, Primitive, Regroup, Sparsity
 
 BITS = 8
 # In the packed constants below, a term's bit index takes four bits; 15 says that the term has no such bit.
@@ -51,7 +51,7 @@ class LoweredEdits:
     gain: Tensor | None  # (b, H) float32
     offset: Tensor | None  # (b, H, Dv) float32
     affine_row: int
-    taps: tuple[Tap, ...]
+    heads: Tensor | None  # (h,) int32: the heads that some edit selects; None: all, or not known on the host
 
     @property
     def edits_weights(self) -> bool:
@@ -60,6 +60,15 @@ class LoweredEdits:
     @property
     def edits_logits(self) -> bool:
         return bool(self.num_maps or self.num_pairs)
+
+    @property
+    def edited_rows(self) -> int | None:
+        """Bits of the row scopes if every edit of the weights has one; None if some edit acts on all rows."""
+        bits = [self.map_rows >> (4 * term) & 15 for term in range(self.num_maps)]
+        bits += [self.pair_rows >> (4 * pair) & 15 for pair in range(self.num_pairs)]
+        if self.regroup is not None:
+            bits.append(self.regroup.row)
+        return None if NO_BIT in bits or self.order_values is not None else sum(1 << bit for bit in set(bits))
 
     @cached_property
     def listed(self) -> ListedKeys:
@@ -198,7 +207,7 @@ def lower(inputs: AttentionInputs, edits: Sequence[Primitive]) -> LoweredEdits:
         gain=gain,
         offset=offset,
         affine_row=affine_row,
-        taps=tuple(edit for edit in edits if isinstance(edit, Tap)),
+        heads=_selected_heads(edits),
     )
 
 
@@ -225,6 +234,30 @@ def list_keys(lowered: LoweredEdits) -> ListedKeys:
     return ListedKeys(
         torch.stack(lists, dim=2).contiguous(), torch.stack(counts, dim=2).contiguous(), flags.contiguous()
     )
+
+
+def _selected_heads(edits: Sequence[Primitive]) -> Tensor | None:
+    """Indices of the heads that some edit selects; None for all. Waits for the device if the selection lies there."""
+    selected: Tensor | None = None
+    for edit in edits:
+        heads = _heads_of(edit)
+        if heads is None:
+            return None
+        selected = heads if selected is None else selected | heads
+    return None if selected is None else selected.nonzero().squeeze(-1).to(torch.int32)
+
+
+def _heads_of(edit: Primitive) -> Tensor | None:
+    if not isinstance(edit, HeadAffine):
+        return edit.heads
+    touched: Tensor | None = edit.replace
+    if edit.gain is not None:
+        changed = (edit.gain != 1).reshape(-1, edit.gain.shape[-1]).any(0)
+        touched = changed if touched is None else touched | changed
+    if edit.offset is not None:
+        changed = (edit.offset != 0).any(-1).reshape(-1, edit.offset.shape[-2]).any(0)
+        touched = changed if touched is None else touched | changed
+    return touched
 
 
 def _nibbles(bits: Sequence[int]) -> int:

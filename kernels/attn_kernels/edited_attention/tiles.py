@@ -6,12 +6,34 @@ homogeneous in that unit, with its bias scaled.
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 
+# The interpreter multiplies the bits of bfloat16 operands as integers; there they are widened first.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 NO_BIT = tl.constexpr(15)
+
+
+@triton.jit
+def matmul(left, right, added, PRECISION: tl.constexpr):
+    """``added + left @ right`` in float32."""
+    if INTERPRETED:
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return tl.dot(left, right, added, input_precision=PRECISION)
+
+
+@triton.jit
+def scores(query, key, to_log2, PRECISION: tl.constexpr):
+    """Logits of (R, D) queries and (D, C) keys in units of log2."""
+    if INTERPRETED:
+        query = query.to(tl.float32)
+        key = key.to(tl.float32)
+    return tl.dot(query, key, input_precision=PRECISION) * to_log2
 
 
 @triton.jit

@@ -1,0 +1,148 @@
+"""Which path computes an edited call: the vendor's attention and an epilogue, a kernel, or plain PyTorch.
+
+``choose`` decides from what is known on the host and says why; ``run`` does it. Nothing here waits for the device, but for
+one count of the touched keys where one list serves all heads, once for each lowering.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from attn_kernels.edited_attention import blocked
+from attn_kernels.edited_attention.decode import edited_decode
+from attn_kernels.edited_attention.edited_flash import config_of, edited_flash
+from attn_kernels.edited_attention.epilogue import epilogue_
+from attn_kernels.edited_attention.head_affine import head_affine_
+from attn_kernels.edited_attention.lowering import LoweredEdits, NotLowered, lower
+from attn_kernels.inputs import AttentionInputs
+from attn_kernels.primitives import HeadAffine, Primitive, Tap
+
+PathName = Literal["vendor", "vendor + affine", "vendor + epilogue", "edited flash", "decode", "pytorch"]
+
+# Rows of a decode call: queries times the query heads that share a key and value head.
+DECODE_ROWS = 64
+# The epilogue computes its keys twice as slowly as the plain loop does, and reads and writes the output once more.
+EPILOGUE_KEYS_SHARE = 0.08
+
+
+@dataclass(frozen=True)
+class Path:
+    """The path of a call and the reason, in words for a log line."""
+
+    name: PathName
+    why: str
+
+
+def vendor_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """Plain attention by cuDNN, or by FlashAttention where that is not at hand: output and log-sum-exp ``(B, H, N)``."""
+    if _has_cudnn_attention(inputs.query.device):
+        found = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            inputs.query, inputs.key, inputs.value, None, True, 0.0, inputs.causal, False, scale=inputs.scaling
+        )
+        return found[0], found[1].view(inputs.query.shape[:3])
+    found = torch.ops.aten._scaled_dot_product_flash_attention(
+        inputs.query, inputs.key, inputs.value, 0.0, inputs.causal, False, scale=inputs.scaling
+    )
+    return found[0], found[1]
+
+
+def _has_cudnn_attention(device: torch.device) -> bool:
+    return torch.backends.cuda.cudnn_sdp_enabled() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def vendor_refusal(inputs: AttentionInputs) -> str | None:
+    """Why the vendor's attention cannot compute this call without its edits; None if it can."""
+    num_queries, num_keys = inputs.num_queries, inputs.num_keys
+    reasons = {
+        "a mask": inputs.mask is not None or inputs.bias is not None,
+        "padding": inputs.padded,
+        "a softcap": inputs.softcap is not None,
+        "sink logits": inputs.sink_logits is not None,
+        "a sliding window": inputs.window is not None and inputs.window < num_keys,
+        "more keys than queries": inputs.causal and num_queries != num_keys,
+        "float32": inputs.query.dtype not in (torch.float16, torch.bfloat16),
+        "head_dim": inputs.query.shape[-1] != inputs.value.shape[-1] or inputs.query.shape[-1] % 8 != 0,
+    }
+    return next((what for what, holds in reasons.items() if holds), None)
+
+
+def choose(inputs: AttentionInputs, lowered: LoweredEdits) -> Path:
+    """The path of a call on a GPU whose edits could be lowered."""
+    group = inputs.num_heads // inputs.key.shape[1]
+    if inputs.num_queries <= 16 and inputs.num_queries * group <= DECODE_ROWS:
+        return Path("decode", "few queries")
+    refusal = vendor_refusal(inputs)
+    if not lowered.edits_weights:
+        if refusal is None:
+            return Path("vendor + affine" if lowered.gain is not None else "vendor", "no edit of the weights")
+        return Path("edited flash", f"no log-sum-exp from the vendor under {refusal}")
+    if refusal is not None:
+        return Path("edited flash", f"no log-sum-exp from the vendor under {refusal}")
+    if lowered.order_values is not None:
+        return Path("edited flash", "an order by value touches every key")
+    if lowered.edited_rows is not None or lowered.key_codes.shape[1] > 1:
+        # Lists by head come from detection and are short; a wrong guess costs time, not digits.
+        return Path("vendor + epilogue", "few rows" if lowered.edited_rows is not None else "few keys by head")
+    listed = lowered.listed.at_most
+    if listed <= max(128, EPILOGUE_KEYS_SHARE * inputs.num_keys):
+        return Path("vendor + epilogue", f"{listed} touched keys")
+    return Path("edited flash", f"{listed} touched keys of {inputs.num_keys}")
+
+
+def run(
+    inputs: AttentionInputs,
+    edits: Sequence[Primitive],
+    *,
+    lowered: LoweredEdits | None = None,
+    vendor: tuple[Tensor, Tensor] | None = None,
+    path: Path | None = None,
+) -> tuple[Tensor, Path]:
+    """Output ``(B, H, N, Dv)`` in the value's dtype under all edits, and the path that computed it.
+
+    ``lowered`` is ``lower(inputs, edits)`` from an earlier call with the same edits. ``vendor`` is plain attention's output
+    and log-sum-exp on these inputs, if the caller has them; both may be overwritten. Taps are read on the PyTorch path.
+    """
+    if path is None or path.name != "pytorch":
+        lowered, path = _plan(inputs, edits, lowered, path)
+    if lowered is None or path.name == "pytorch":
+        output = blocked.edited_attention(inputs, [edit for edit in edits if not isinstance(edit, HeadAffine)])
+        return blocked.head_affine(output, edits), path
+    if path.name == "decode":
+        return edited_decode(inputs, lowered), path
+    heads = lowered.heads
+    if path.name == "edited flash" and (heads is None or vendor_refusal(inputs) is not None):
+        return edited_flash(inputs, lowered)[0], path
+    output, log_sum_exp = vendor_attention(inputs) if vendor is None else vendor
+    if path.name == "vendor + affine":
+        head_affine_(output, lowered, heads)
+    elif path.name == "vendor + epilogue":
+        rows = config_of(inputs.query.dtype, inputs.query.shape[-1])[0]
+        flags = epilogue_(inputs, lowered, output, log_sum_exp, rows, heads)
+        edited_flash(inputs, lowered, heads, output, flags)
+    elif path.name == "edited flash":
+        edited_flash(inputs, lowered, heads, output)
+    return output, path
+
+
+def _plan(
+    inputs: AttentionInputs, edits: Sequence[Primitive], lowered: LoweredEdits | None, path: Path | None
+) -> tuple[LoweredEdits | None, Path]:
+    if not inputs.query.is_cuda:
+        return None, Path("pytorch", "the Triton kernels need a GPU")
+    if inputs.dropout > 0:
+        return None, Path("pytorch", "dropout")
+    if any(isinstance(edit, Tap) for edit in edits):
+        return None, Path("pytorch", "a Tap reads the weights")
+    if torch.is_grad_enabled() and any(part.requires_grad for part in (inputs.query, inputs.key, inputs.value)):
+        return None, Path("pytorch", "gradients")
+    if lowered is None:
+        try:
+            lowered = lower(inputs, edits)
+        except NotLowered as reason:
+            return None, Path("pytorch", str(reason))
+    return lowered, path or choose(inputs, lowered)
