@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attn_kernels.edited_attention.edited_flash import _batch_stride, _last_contiguous, _padded, _strides
+from attn_kernels.edited_attention.edited_flash import _batch_stride, _last_contiguous, _padded, _strides, load_tile
 from attn_kernels.edited_attention.lowering import NO_BIT, LoweredEdits
 from attn_kernels.edited_attention.tiles import (
     LN_2,
@@ -41,13 +41,46 @@ CONFIG = (64, 64, 4)
 
 
 @triton.jit
-def _listed_logits(query_tile, key_base, keys, inside, in_d, k_m, to_log2, D: tl.constexpr, PRECISION: tl.constexpr):
-    key_tile = tl.load(
-        key_base + keys[None, :].to(tl.int64) * k_m + in_d[:, None],
-        mask=inside[None, :] & (in_d[:, None] < D),
-        other=0.0,
+def _listed_logits(
+    query_tile,
+    keys,
+    in_d,
+    rows,
+    row_code,
+    query_index,
+    head,
+    key_base,
+    k_m,
+    codes_base,
+    to_log2,
+    num_heads,
+    num_keys,
+    map_coefficients,
+    pair_heads,
+    CAUSAL: tl.constexpr,
+    NUM_MAPS: tl.constexpr,
+    MAP_KEYS: tl.constexpr,
+    MAP_ROWS: tl.constexpr,
+    NUM_PAIRS: tl.constexpr,
+    PAIR_KEYS: tl.constexpr,
+    PAIR_ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Plain logits and visibility (R, C), the edited ones, the keys' codes (1, C), and which keys exist (C,)."""
+    inside = keys < num_keys
+    code = tl.load(codes_base + keys, mask=inside, other=0).to(tl.int32)[None, :]
+    key_tile = load_tile(key_base, keys.to(tl.int64) * k_m, in_d, D, BLOCK_D, inside, True)
+    logits = scores(query_tile, key_tile, to_log2, PRECISION)
+    before = inside[None, :] & (rows[:, None] >= 0)
+    if CAUSAL:
+        before = before & (keys[None, :] <= query_index[:, None])
+    mapped = mapped_logits(logits, code, row_code, head, map_coefficients, num_heads, NUM_MAPS, MAP_KEYS, MAP_ROWS)
+    after = paired_visibility(
+        before, inside[None, :], code, row_code, head, pair_heads, num_heads, NUM_PAIRS, PAIR_KEYS, PAIR_ROWS
     )
-    return scores(query_tile, key_tile, to_log2, PRECISION)
+    return logits, before, mapped, after, code, inside
 
 
 @triton.jit
@@ -126,12 +159,13 @@ def _epilogue(
     BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    row_tile = tl.program_id(0)
+    # Heads lie side by side in memory, so programs of one row tile follow each other.
+    row_tile = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     if HAS_HEADS:
-        head = tl.load(heads + tl.program_id(1)).to(tl.int64)
+        head = tl.load(heads + tl.program_id(0)).to(tl.int64)
     else:
-        head = tl.program_id(1).to(tl.int64)
+        head = tl.program_id(0).to(tl.int64)
     rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     row_inside = rows < num_queries
     row_code = tl.zeros([BLOCK_N, 1], tl.int32)
@@ -147,7 +181,6 @@ def _epilogue(
     in_m = tl.arange(0, BLOCK_M)
     output_at = output + batch * o_b + head * o_h + rows[:, None].to(tl.int64) * o_n + in_dv[None, :]
     output_mask = row_inside[:, None] & (in_dv[None, :] < DV)
-    plain = tl.load(output_at, mask=output_mask, other=0.0).to(tl.float32)
     lse_at = log_sum_exp + (batch * num_heads + head) * num_queries + rows
     # Rows outside weigh nothing: exp2(-inf).
     lse = tl.load(lse_at, mask=row_inside, other=float("inf")) * LOG2_E
@@ -158,6 +191,7 @@ def _epilogue(
     )
     key_base = key + batch * k_b + kv_head * k_h
     value_base = value + batch * v_b + kv_head * v_h
+    codes_base = key_codes + batch * codes_b + head * codes_h
     to_log2 = scaling * LOG2_E
     stop = num_keys
     if CAUSAL:
@@ -170,8 +204,7 @@ def _epilogue(
         target_total = tl.zeros([BLOCK_N], tl.float32)
         of_total = tl.zeros([BLOCK_N], tl.float32)
         share_total = tl.zeros([BLOCK_N], tl.float32)
-        source_accumulator = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-        target_accumulator = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+        accumulator = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
         for kind in tl.static_range(NUM_LISTS):
             list_base = lists + batch * list_b + head * list_h + kind * list_length
             listed = tl.load(counts + batch * counts_b + head * counts_h + kind)
@@ -182,46 +215,44 @@ def _epilogue(
                 for place in tl.range(0, listed, BLOCK_M):
                     at = place + in_m
                     keys = tl.load(list_base + at, mask=at < listed, other=num_keys)
-                    inside = keys < num_keys
-                    code = tl.load(key_codes + batch * codes_b + head * codes_h + keys, mask=inside, other=0)
-                    code = code.to(tl.int32)[None, :]
-                    logits = _listed_logits(query_tile, key_base, keys, inside, in_d, k_m, to_log2, D, PRECISION)
-                    visible = inside[None, :] & (rows[:, None] >= 0)
-                    if CAUSAL:
-                        visible = visible & (keys[None, :] <= query_index[:, None])
-                    logits = mapped_logits(
-                        logits, code, row_code, head, map_coefficients, num_heads, NUM_MAPS, MAP_KEYS, MAP_ROWS
-                    )
-                    visible = paired_visibility(
-                        visible,
-                        inside[None, :],
-                        code,
+                    _, _, mapped, after, code, inside = _listed_logits(
+                        query_tile,
+                        keys,
+                        in_d,
+                        rows,
                         row_code,
+                        query_index,
                         head,
-                        pair_heads,
+                        key_base,
+                        k_m,
+                        codes_base,
+                        to_log2,
                         num_heads,
+                        num_keys,
+                        map_coefficients,
+                        pair_heads,
+                        CAUSAL,
+                        NUM_MAPS,
+                        MAP_KEYS,
+                        MAP_ROWS,
                         NUM_PAIRS,
                         PAIR_KEYS,
                         PAIR_ROWS,
+                        D,
+                        BLOCK_D,
+                        PRECISION,
                     )
-                    weights = tl.where(visible, tl.exp2(logits - lse[:, None]), 0.0)
+                    weights = tl.where(after, tl.exp2(mapped - lse[:, None]), 0.0)
                     if GATE_OF != NO_BIT_IN_KERNEL:
                         of_total += tl.sum(tl.where(has_bit(code, GATE_OF), weights, 0.0), 1)
                     if GATE_SHARE != NO_BIT_IN_KERNEL:
                         share_total += tl.sum(tl.where(has_bit(code, GATE_SHARE), weights, 0.0), 1)
-                    if kind > 0:
-                        value_tile = tl.load(
-                            value_base + keys[:, None].to(tl.int64) * v_m + in_dv[None, :],
-                            mask=inside[:, None] & (in_dv[None, :] < DV),
-                            other=0.0,
-                        )
-                        cast = weights.to(value_tile.dtype)
-                        if kind == 1:
-                            source_total += tl.sum(weights, 1)
-                            source_accumulator = matmul(cast, value_tile, source_accumulator, PRECISION)
-                        else:
-                            target_total += tl.sum(weights, 1)
-                            target_accumulator = matmul(cast, value_tile, target_accumulator, PRECISION)
+                    if kind == 1:
+                        source_total += tl.sum(weights, 1)
+                    if kind == 2:
+                        target_total += tl.sum(weights, 1)
+                        value_tile = load_tile(value_base, keys.to(tl.int64) * v_m, in_dv, DV, BLOCK_DV, inside, False)
+                        accumulator = matmul(weights.to(value_tile.dtype), value_tile, accumulator, PRECISION)
         keep = tl.load(regroup + head)
         acts = row_inside
         if GATE_OF != NO_BIT_IN_KERNEL:
@@ -232,22 +263,58 @@ def _epilogue(
             acts = acts & (tl.sum(has_bit(row_code, REGROUP_ROW).to(tl.int32), 1) != 0)
         if HAS_TARGET:
             acts = acts & (target_total > 0)
-            freed = tl.where(acts, (1 - keep) * source_total, 0.0)
-            safe = tl.where(acts, target_total, 1.0)
-            edited = (
-                plain
-                - source_accumulator * tl.where(acts, 1 - keep, 0.0)[:, None]
-                + target_accumulator / safe[:, None] * freed[:, None]
-            )
+        freed = tl.where(acts, (1 - keep) * source_total, 0.0)
+        # A source without mass frees nothing, and then nothing changes.
+        acts = freed != 0
+        plain = tl.load(output_at, mask=output_mask, other=0.0).to(tl.float32)
+        size_before = tl.sqrt(tl.sum(plain * plain, 1))
+        if HAS_TARGET:
+            accumulator = plain + accumulator * (freed / tl.where(acts, target_total, 1.0))[:, None]
         else:
-            freed = tl.where(acts, (1 - keep) * source_total, 0.0)
-            rest = tl.maximum(1 - source_total, 1e-30)
-            # A source with no mass at all frees nothing, and then nothing can go wrong.
-            factor = tl.where(freed > 0, 1 + freed / rest, 1.0)
-            edited = (plain - source_accumulator) * factor[:, None] + source_accumulator * keep
-            edited = tl.where((freed > 0)[:, None], edited, plain)
+            factor = tl.where(acts, 1 + freed / tl.maximum(1 - source_total, 1e-30), 1.0)
+            accumulator = plain * factor[:, None]
+        change = tl.where(acts, keep - factor, 0.0)
+        list_base = lists + batch * list_b + head * list_h + list_length
+        listed = tl.load(counts + batch * counts_b + head * counts_h + 1)
+        if NUM_PAIRS == 0:
+            listed = listed_before(list_base, listed, stop, BLOCK_M)
+        for place in tl.range(0, listed, BLOCK_M):
+            at = place + in_m
+            keys = tl.load(list_base + at, mask=at < listed, other=num_keys)
+            _, _, mapped, after, _, inside = _listed_logits(
+                query_tile,
+                keys,
+                in_d,
+                rows,
+                row_code,
+                query_index,
+                head,
+                key_base,
+                k_m,
+                codes_base,
+                to_log2,
+                num_heads,
+                num_keys,
+                map_coefficients,
+                pair_heads,
+                CAUSAL,
+                NUM_MAPS,
+                MAP_KEYS,
+                MAP_ROWS,
+                NUM_PAIRS,
+                PAIR_KEYS,
+                PAIR_ROWS,
+                D,
+                BLOCK_D,
+                PRECISION,
+            )
+            weights = tl.where(after, tl.exp2(mapped - lse[:, None]), 0.0) * change[:, None]
+            value_tile = load_tile(value_base, keys.to(tl.int64) * v_m, in_dv, DV, BLOCK_DV, inside, False)
+            accumulator = matmul(weights.to(value_tile.dtype), value_tile, accumulator, PRECISION)
+        edited = accumulator
     else:
-        accumulator = plain
+        accumulator = tl.load(output_at, mask=output_mask, other=0.0).to(tl.float32)
+        size_before = tl.sqrt(tl.sum(accumulator * accumulator, 1))
         total = tl.full([BLOCK_N], 1.0, tl.float32)
         highest = tl.zeros([BLOCK_N], tl.float32)
         for kind in tl.static_range(NUM_LISTS):
@@ -258,27 +325,32 @@ def _epilogue(
             for place in tl.range(0, listed, BLOCK_M):
                 at = place + in_m
                 keys = tl.load(list_base + at, mask=at < listed, other=num_keys)
-                inside = keys < num_keys
-                code = tl.load(key_codes + batch * codes_b + head * codes_h + keys, mask=inside, other=0)
-                code = code.to(tl.int32)[None, :]
-                logits = _listed_logits(query_tile, key_base, keys, inside, in_d, k_m, to_log2, D, PRECISION)
-                before = inside[None, :] & (rows[:, None] >= 0)
-                if CAUSAL:
-                    before = before & (keys[None, :] <= query_index[:, None])
-                mapped = mapped_logits(
-                    logits, code, row_code, head, map_coefficients, num_heads, NUM_MAPS, MAP_KEYS, MAP_ROWS
-                )
-                after = paired_visibility(
-                    before,
-                    inside[None, :],
-                    code,
+                logits, before, mapped, after, _, inside = _listed_logits(
+                    query_tile,
+                    keys,
+                    in_d,
+                    rows,
                     row_code,
+                    query_index,
                     head,
-                    pair_heads,
+                    key_base,
+                    k_m,
+                    codes_base,
+                    to_log2,
                     num_heads,
+                    num_keys,
+                    map_coefficients,
+                    pair_heads,
+                    CAUSAL,
+                    NUM_MAPS,
+                    MAP_KEYS,
+                    MAP_ROWS,
                     NUM_PAIRS,
                     PAIR_KEYS,
                     PAIR_ROWS,
+                    D,
+                    BLOCK_D,
+                    PRECISION,
                 )
                 old = tl.where(before, logits - lse[:, None], float("-inf"))
                 new = tl.where(after, mapped - lse[:, None], float("-inf"))
@@ -288,11 +360,7 @@ def _epilogue(
                 change = tl.where(
                     new == old, 0.0, tl.exp2(new - new_highest[:, None]) - tl.exp2(old - new_highest[:, None])
                 )
-                value_tile = tl.load(
-                    value_base + keys[:, None].to(tl.int64) * v_m + in_dv[None, :],
-                    mask=inside[:, None] & (in_dv[None, :] < DV),
-                    other=0.0,
-                )
+                value_tile = load_tile(value_base, keys.to(tl.int64) * v_m, in_dv, DV, BLOCK_DV, inside, False)
                 total = total * shrink + tl.sum(change, 1)
                 accumulator = accumulator * shrink[:, None]
                 accumulator = matmul(change.to(value_tile.dtype), value_tile, accumulator, PRECISION)
@@ -303,7 +371,6 @@ def _epilogue(
         edited = accumulator / safe[:, None]
         tl.store(lse_at, (lse + tl.log2(safe) + highest) * LN_2, mask=row_inside)
 
-    size_before = tl.sqrt(tl.sum(plain * plain, 1))
     size_after = tl.sqrt(tl.sum(edited * edited, 1))
     sound = (factor * size_before <= growth * size_after) & (factor * smallest_remainder <= 1)
     if tl.sum((row_inside & (sound == 0)).to(tl.int32)) > 0:
@@ -369,15 +436,14 @@ def _launch(
     has_affine = lowered.gain is not None and is_last
     has_target = regroup is not None and regroup.target != NO_BIT
     block_n, block_m, warps = CONFIG
-    none = query  # a pointer that is never read
-    _epilogue[(triton.cdiv(num_queries, block_n), num_heads if heads is None else len(heads), batch)](
+    _epilogue[(num_heads if heads is None else len(heads), triton.cdiv(num_queries, block_n), batch)](
         query,
         key,
         value,
         output,
         log_sum_exp,
         flags,
-        none if heads is None else heads,
+        None if heads is None else heads,
         *query.stride()[:3],
         *key.stride()[:3],
         *value.stride()[:3],
@@ -390,7 +456,7 @@ def _launch(
         inputs.scaling,
         codes,
         *_strides(codes),
-        none if rows is None else rows,
+        None if rows is None else rows,
         0 if rows is None else _batch_stride(rows),
         listed.indices,
         *_strides(listed.indices),
@@ -399,10 +465,10 @@ def _launch(
         *_strides(listed.counts),
         lowered.map_coefficients,
         lowered.pair_heads,
-        none if regroup is None else regroup.coefficients,
-        lowered.gain if has_affine else none,
+        None if regroup is None else regroup.coefficients,
+        lowered.gain if has_affine else None,
         _batch_stride(lowered.gain) if has_affine and lowered.gain is not None else 0,
-        lowered.offset if has_affine and lowered.offset is not None else none,
+        lowered.offset if has_affine and lowered.offset is not None else None,
         _batch_stride(lowered.offset) if has_affine and lowered.offset is not None else 0,
         GROWTH,
         SMALLEST_REMAINDER,
