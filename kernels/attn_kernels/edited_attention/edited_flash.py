@@ -36,10 +36,13 @@ LOWEST_MAXIMUM = tl.constexpr(-1.0e30)
 
 
 @triton.jit
-def _accumulate(logits, value, accumulator, total, highest, PRECISION: tl.constexpr):
-    """One step of the online softmax: the new accumulator, total, running maximum, and what this step did."""
-    new_highest = tl.maximum(highest, tl.max(logits, 1))
-    weights = tl.exp2(logits - new_highest[:, None])
+def _accumulate(logits, scale, value, accumulator, total, highest, PRECISION: tl.constexpr):
+    """One step of the online softmax: the new accumulator, total, running maximum, and what this step did.
+
+    ``logits * scale`` is in units of log2; the product costs nothing inside the exponential's multiply and add.
+    """
+    new_highest = tl.maximum(highest, tl.max(logits, 1) * scale)
+    weights = tl.exp2(logits * scale - new_highest[:, None])
     shrink = tl.exp2(highest - new_highest)
     total = total * shrink + tl.sum(weights, 1)
     accumulator = accumulator * shrink[:, None]
@@ -307,6 +310,12 @@ def _edited_flash(
     flags_b,
     flags_h,
     num_flags,
+    untouched_tiles,
+    tiles_b,
+    untouched_counts,
+    tile_counts_b,
+    untouched_bias,
+    bias_b,
     map_coefficients,
     pair_heads,
     regroup,
@@ -326,7 +335,8 @@ def _edited_flash(
     HAS_ORDER_HEADS: tl.constexpr,
     HAS_ROW_CODES: tl.constexpr,
     HAS_CODES: tl.constexpr,
-    CODES_BY_BRANCH: tl.constexpr,
+    HAS_TILE_LIST: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     NUM_MAPS: tl.constexpr,
     MAP_KEYS: tl.constexpr,
     MAP_ROWS: tl.constexpr,
@@ -403,13 +413,26 @@ def _edited_flash(
         inner_stop = num_keys // BLOCK_M * BLOCK_M
     inner_stop = tl.maximum(inner_stop, start)
 
+    # Without a softcap the scaling is left to the exponential.
+    scale_now = to_log2 if HAS_SOFTCAP else 1.0
+    scale_later = 1.0 if HAS_SOFTCAP else to_log2
     in_key_tile = in_m * k_m
     in_value_tile = in_m * v_m
-    for first in tl.range(start, inner_stop, BLOCK_M, num_stages=STAGES):
+    num_tiles = inner_stop // BLOCK_M
+    if HAS_TILE_LIST:
+        tile_list = untouched_tiles + batch * tiles_b
+        num_tiles = listed_before(tile_list, tl.load(untouched_counts + batch * tile_counts_b), num_tiles, 0)
+    for place in tl.range(start // BLOCK_M, num_tiles, num_stages=STAGES):
+        if HAS_TILE_LIST:
+            first = tl.load(tile_list + place) * BLOCK_M
+        else:
+            first = place * BLOCK_M
         key_tile = load_whole_tile(key_base + first * k_m.to(tl.int64), in_key_tile, in_d, D, BLOCK_D, True)
-        logits = capped(scores(query_tile, key_tile, to_log2, PRECISION), softcap, HAS_SOFTCAP)
+        logits = capped(scores(query_tile, key_tile, scale_now, PRECISION), softcap, HAS_SOFTCAP)
         if HAS_CODES:
-            if CODES_BY_BRANCH:
+            if HAS_BIAS:
+                logits += tl.load(untouched_bias + batch * bias_b + first + in_m)[None, :]
+            else:
                 flag = 0
                 for part in tl.static_range(BLOCK_M // FLAG_TILE):
                     at = first // FLAG_TILE + part
@@ -418,19 +441,17 @@ def _edited_flash(
                     keys = first + in_m
                     code = tl.load(codes_base + keys, mask=keys < list_length, other=0)
                     logits = tl.where((code == 0)[None, :], logits, float("-inf"))
-            else:
-                keys = first + in_m
-                code = tl.load(codes_base + keys, mask=keys < list_length, other=0)
-                logits += tl.where(code == 0, 0.0, float("-inf"))[None, :]
         if HAS_VALID:
             valid = tl.load(key_valid + batch * valid_stride + first + in_m) != 0
             logits += tl.where(valid, 0.0, float("-inf"))[None, :]
         if HAS_WINDOW:
             logits = tl.where((first + in_m)[None, :] > query_index[:, None] - window, logits, float("-inf"))
         value_tile = load_whole_tile(value_base + first * v_m.to(tl.int64), in_value_tile, in_dv, DV, BLOCK_DV, False)
-        accumulator, total, highest, _, _ = _accumulate(logits, value_tile, accumulator, total, highest, PRECISION)
+        accumulator, total, highest, _, _ = _accumulate(
+            logits, scale_later, value_tile, accumulator, total, highest, PRECISION
+        )
 
-    for first in tl.range(inner_stop, stop, BLOCK_M):
+    for first in tl.range(inner_stop, stop, BLOCK_M, num_stages=1):
         keys = first + in_m
         inside = keys < num_keys
         key_tile = load_tile(key_base, keys.to(tl.int64) * k_m, in_d, D, BLOCK_D, inside, True)
@@ -472,7 +493,7 @@ def _edited_flash(
             visible = visible & (code == 0)[None, :]
         logits = tl.where(visible, logits, float("-inf"))
         value_tile = load_tile(value_base, keys.to(tl.int64) * v_m, in_dv, DV, BLOCK_DV, inside, False)
-        accumulator, total, highest, _, _ = _accumulate(logits, value_tile, accumulator, total, highest, PRECISION)
+        accumulator, total, highest, _, _ = _accumulate(logits, 1.0, value_tile, accumulator, total, highest, PRECISION)
 
     if HAS_CODES:
         source_total = tl.zeros([BLOCK_N], tl.float32)
@@ -555,11 +576,11 @@ def _edited_flash(
                     value_tile = load_tile(value_base, keys.to(tl.int64) * v_m, in_dv, DV, BLOCK_DV, inside, False)
                     if kind == 0:
                         accumulator, total, highest, shrink, weights = _accumulate(
-                            logits, value_tile, accumulator, total, highest, PRECISION
+                            logits, 1.0, value_tile, accumulator, total, highest, PRECISION
                         )
                     else:
                         target_accumulator, target_total, highest, shrink, weights = _accumulate(
-                            logits, value_tile, target_accumulator, target_total, highest, PRECISION
+                            logits, 1.0, value_tile, target_accumulator, target_total, highest, PRECISION
                         )
                         accumulator = accumulator * shrink[:, None]
                         total = total * shrink
@@ -704,7 +725,6 @@ def _edited_flash(
         )
 
 
-CODES_BY_BRANCH = True
 # Rows and keys of a tile, warps and pipeline stages, by padded head size; measured on an H200 (bench/edits.py).
 CONFIGS: dict[int, tuple[int, int, int, int]] = {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (64, 64, 8, 2)}
 
@@ -736,6 +756,9 @@ def edited_flash(
     if given is not None:
         given = given.expand(batch, num_heads, -1, -1)
     listed = lowered.listed if lowered.key_codes.shape[-1] and lowered.edits_weights else None
+    tiles = None
+    if listed is not None and lowered.key_codes.shape[1] == 1 and given is None and inputs.window is None:
+        tiles = lowered.untouched_tiles(num_keys, block_m)
     codes, rows, regroup = lowered.key_codes, lowered.row_codes, lowered.regroup
     sinks = None if inputs.sink_logits is None else inputs.sink_logits.expand(batch, num_heads, num_queries)
     values = lowered.order_values
@@ -784,6 +807,12 @@ def edited_flash(
         None if listed is None else listed.tile_flags,
         *((0, 0) if listed is None else _strides(listed.tile_flags)),
         0 if listed is None else listed.tile_flags.shape[-1],
+        None if tiles is None else tiles.indices,
+        0 if tiles is None else _batch_stride(tiles.indices),
+        None if tiles is None else tiles.counts,
+        0 if tiles is None else _batch_stride(tiles.counts),
+        None if tiles is None else tiles.bias,
+        0 if tiles is None else _batch_stride(tiles.bias),
         lowered.map_coefficients,
         lowered.pair_heads,
         None if regroup is None else regroup.coefficients,
@@ -803,7 +832,8 @@ def edited_flash(
         HAS_ORDER_HEADS=lowered.order_heads is not None,
         HAS_ROW_CODES=rows is not None,
         HAS_CODES=listed is not None,
-        CODES_BY_BRANCH=CODES_BY_BRANCH,
+        HAS_TILE_LIST=tiles is not None and tiles.leaves_out,
+        HAS_BIAS=tiles is not None,
         NUM_MAPS=lowered.num_maps,
         MAP_KEYS=lowered.map_keys,
         MAP_ROWS=lowered.map_rows,

@@ -70,6 +70,16 @@ class LoweredEdits:
             bits.append(self.regroup.row)
         return None if NO_BIT in bits or self.order_values is not None else sum(1 << bit for bit in set(bits))
 
+    def untouched_tiles(self, num_keys: int, size: int) -> UntouchedTiles:
+        """The tiles of ``size`` keys that hold any untouched key; made once for each size."""
+        if size not in self._untouched or self._untouched[size].num_keys != num_keys:
+            self._untouched[size] = list_untouched_tiles(self.key_codes, num_keys, size)
+        return self._untouched[size]
+
+    @cached_property
+    def _untouched(self) -> dict[int, UntouchedTiles]:
+        return {}
+
     @cached_property
     def listed(self) -> ListedKeys:
         """The keys that some edit touches, by what Regroup does with them."""
@@ -100,6 +110,21 @@ class ListedKeys:
     def at_most(self) -> int:
         """The largest number of touched keys of a head. Waits for the device."""
         return int(self.counts.sum(-1).max()) if self.counts.numel() else 0
+
+
+@dataclass(frozen=True)
+class UntouchedTiles:
+    """Tiles of keys that the plain loop visits, for codes that all heads share. Unlisted tiles are touched in full."""
+
+    num_keys: int
+    indices: Tensor  # (b, tiles) int32, ascending
+    counts: Tensor  # (b, 1) int32
+    bias: Tensor  # (b, keys up to a whole tile) float32: 0 for an untouched key, minus infinity for a touched one
+
+    @cached_property
+    def leaves_out(self) -> bool:
+        """Whether any tile is touched in full. Waits for the device."""
+        return bool((self.counts < self.indices.shape[-1]).any())
 
 
 class _Bits:
@@ -258,6 +283,15 @@ def _heads_of(edit: Primitive) -> Tensor | None:
         changed = (edit.offset != 0).any(-1).reshape(-1, edit.offset.shape[-2]).any(0)
         touched = changed if touched is None else touched | changed
     return touched
+
+
+def list_untouched_tiles(key_codes: Tensor, num_keys: int, size: int) -> UntouchedTiles:
+    """From codes ``(b, 1, m)``."""
+    touched = functional.pad(key_codes[:, 0] != 0, (0, num_keys - key_codes.shape[-1] + -num_keys % size))
+    bias = torch.where(touched, float("-inf"), 0.0)
+    visited = ~touched.unflatten(-1, (-1, size)).all(-1)
+    indices = torch.sort((~visited).to(torch.uint8), dim=-1, stable=True).indices.to(torch.int32)
+    return UntouchedTiles(num_keys, indices, visited.sum(-1, keepdim=True, dtype=torch.int32), bias)
 
 
 def _nibbles(bits: Sequence[int]) -> int:

@@ -1,0 +1,939 @@
+"""Edited decode: exact attention of one or a few queries over many keys under any lowered edits, in one launch.
+
+Source of the algorithm: Flash-Decoding (Dao et al. 2023, https://pytorch.org/blog/flash-decoding). The keys are split over
+programs; each keeps its part of the softmax in a workspace, and the last program of a key and value head to finish merges
+the parts. The query heads that share a key and value head are rows of one matrix product.
+
+A Regroup needs the outputs of three classes of keys apart: the rest, the source and the target. Each class gets rows of its
+own in the same matrix product, whose 16 rows a few query heads do not fill anyway, with a softmax of its own. The merge puts
+the classes together by their log-sum-exps, so nothing is subtracted and no ratio of masses can overflow: a source that holds
+nearly all of a row's mass costs no digits.
+
+A byte of code is loaded one tile ahead: the compiler copies only whole words ahead by itself, and decode waits for memory.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attn_kernels.edited_attention.edited_flash import (
+    LOWEST_MAXIMUM,
+    _batch_stride,
+    _last_contiguous,
+    _padded,
+    load_tile,
+)
+from attn_kernels.edited_attention.lowering import NO_BIT, LoweredEdits, NotLowered
+from attn_kernels.edited_attention.tiles import (
+    LN_2,
+    LOG2_E,
+    capped,
+    has_bit,
+    mapped_logits,
+    matmul,
+    paired_visibility,
+    scores,
+)
+from attn_kernels.edited_attention.tiles import NO_BIT as NO_BIT_IN_KERNEL
+from attn_kernels.inputs import AttentionInputs
+
+# Rows of a call at most: queries times the query heads that share a key and value head.
+MOST_ROWS = 64
+# Rows of one program at most, classes counted; beyond it, more programs share a head.
+ROWS_OF_PROGRAM = 64
+# Keys of a tile, warps and pipeline stages, by the larger padded head size, for 16-bit and for 32-bit inputs.
+CONFIGS: dict[int, tuple[int, int, int]] = {64: (128, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3)}
+CONFIGS_FLOAT32: dict[int, tuple[int, int, int]] = {64: (64, 4, 2), 128: (32, 4, 2), 256: (32, 4, 1)}
+# Splits are as many as keep every multiprocessor busy with so many programs, none with fewer tiles than the second number.
+PROGRAMS_PER_MULTIPROCESSOR = 2
+FEWEST_TILES_OF_SPLIT = 1
+# Numbers of the workspace that the merge holds in registers at once.
+MERGED_AT_ONCE = 8192
+# Counters for captured calls, each of which gets its own, and for the eager calls of one stream, which share theirs.
+COUNTERS_FOR_GRAPHS = 2**20
+COUNTERS_OF_STREAM = 2**14
+# Maximum, total, and the totals of the gate's two groups.
+STATISTICS = tl.constexpr(4)
+
+
+@triton.jit
+def _load_codes(key_codes, code_at, keys, num_codes, HAS_CODES: tl.constexpr):
+    """Codes of ``keys`` (C,) as bytes: (1, C), or (R, C) where ``code_at`` (R, 1) differs by head."""
+    if HAS_CODES:
+        return tl.load(key_codes + (code_at + keys[None, :]), mask=keys[None, :] < num_codes, other=0)
+    return tl.zeros([1, keys.shape[0]], tl.uint8)
+
+
+@triton.jit
+def _load_valid(key_valid, keys, num_keys, HAS_VALID: tl.constexpr):
+    """Validity of ``keys`` (C,) as bytes (1, C)."""
+    if HAS_VALID:
+        return tl.load(key_valid + keys[None, :], mask=keys[None, :] < num_keys, other=0)
+    return tl.zeros([1, keys.shape[0]], tl.uint8)
+
+
+@triton.jit
+def _load_given(given, given_at, stride_m, keys, num_keys, HAS_MASK: tl.constexpr):
+    """Mask (bytes) or bias of ``keys`` (C,) for rows at ``given_at`` (R, 1): (R, C)."""
+    if HAS_MASK:
+        place = given + (given_at + keys[None, :].to(tl.int64) * stride_m)
+        return tl.load(place, mask=(keys[None, :] < num_keys) & (given_at >= 0), other=0)
+    return tl.zeros([1, keys.shape[0]], tl.uint8)
+
+
+@triton.jit
+def _of_class(packed, which: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr):
+    """The rows of one class, (ROWS,) or (ROWS, DV), of ``CLASSES * ROWS`` packed ones."""
+    if CLASSES == 1:
+        return packed
+    if DV == 0:
+        by_class = tl.reshape(packed, [CLASSES, ROWS])
+        return tl.sum(tl.where(tl.arange(0, CLASSES)[:, None] == which, by_class, 0.0), 0)
+    by_class = tl.reshape(packed, [CLASSES, ROWS, DV])
+    return tl.sum(tl.where(tl.arange(0, CLASSES)[:, None, None] == which, by_class, 0.0), 0)
+
+
+@triton.jit
+def _merged(
+    parts,
+    statistics,
+    num_splits,
+    which: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    HAS_SHARE: tl.constexpr,
+    PACKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """One class over all splits: accumulator (ROWS, DV), and (ROWS,) each of total, maximum and the gate's totals."""
+    in_rows = which * ROWS + tl.arange(0, ROWS)
+    in_dv = tl.arange(0, BLOCK_DV)
+    in_many = tl.arange(0, 64)
+    in_few = tl.arange(0, AT_ONCE)
+    highest = tl.full([ROWS], LOWEST_MAXIMUM, tl.float32)
+    for first in tl.range(0, num_splits, 64):
+        split = first + in_many
+        # The other programs wrote these: the first-level cache may hold an older state.
+        some = tl.load(
+            statistics + split[:, None] * (STATISTICS * PACKED) + in_rows[None, :],
+            mask=split[:, None] < num_splits,
+            other=LOWEST_MAXIMUM,
+            cache_modifier=".cg",
+        )
+        highest = tl.maximum(highest, tl.max(some, 0))
+    accumulator = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    of_total = tl.zeros([ROWS], tl.float32)
+    share_total = tl.zeros([ROWS], tl.float32)
+    for first in tl.range(0, num_splits, AT_ONCE):
+        split = first + in_few
+        there = split < num_splits
+        part = tl.load(
+            parts + (split[:, None, None] * PACKED + in_rows[None, :, None]) * DV + in_dv[None, None, :],
+            mask=there[:, None, None] & (in_dv[None, None, :] < DV),
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        at = statistics + split[:, None] * (STATISTICS * PACKED) + in_rows[None, :]
+        its_highest = tl.load(at, mask=there[:, None], other=LOWEST_MAXIMUM, cache_modifier=".cg")
+        its_total = tl.load(at + PACKED, mask=there[:, None], other=0.0, cache_modifier=".cg")
+        scale = tl.exp2(its_highest - highest[None, :])
+        total += tl.sum(its_total * scale, 0)
+        accumulator += tl.sum(part * scale[:, :, None], 0)
+        if HAS_GATE:
+            its_of = tl.load(at + 2 * PACKED, mask=there[:, None], other=0.0, cache_modifier=".cg")
+            of_total += tl.sum(its_of * scale, 0)
+        if HAS_SHARE:
+            its_share = tl.load(at + 3 * PACKED, mask=there[:, None], other=0.0, cache_modifier=".cg")
+            share_total += tl.sum(its_share * scale, 0)
+    return accumulator, total, highest, of_total, share_total
+
+
+@triton.jit
+def _finish(
+    accumulator,
+    total,
+    highest,
+    of_total,
+    share_total,
+    source,
+    source_total,
+    source_highest,
+    source_of,
+    source_share,
+    target,
+    target_total,
+    target_highest,
+    target_of,
+    target_share,
+    row,
+    num_rows,
+    num_queries,
+    group_head,
+    batch,
+    output,
+    o_b,
+    o_h,
+    o_n,
+    log_sum_exp,
+    num_heads,
+    sinks,
+    sinks_stride_b,
+    sinks_stride_h,
+    sinks_stride_n,
+    row_codes,
+    row_codes_stride,
+    regroup,
+    gain,
+    gain_b,
+    offset,
+    offset_b,
+    HAS_SINKS: tl.constexpr,
+    HAS_ROW_CODES: tl.constexpr,
+    HAS_REGROUP: tl.constexpr,
+    HAS_TARGET: tl.constexpr,
+    GATE_OF: tl.constexpr,
+    GATE_SHARE: tl.constexpr,
+    REGROUP_ROW: tl.constexpr,
+    HAS_AFFINE: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    AFFINE_ROW: tl.constexpr,
+    WRITE_LSE: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Puts the classes together, adds the sink logit, Regroup and HeadAffine, and writes ``row`` (R,) of a kv head."""
+    in_dv = tl.arange(0, BLOCK_DV)
+    row_inside = row < num_rows
+    row = tl.minimum(row, num_rows - 1)
+    head = group_head + row // num_queries
+    query = row % num_queries
+    top = highest
+    if HAS_REGROUP:
+        top = tl.maximum(top, source_highest)
+    if HAS_TARGET:
+        top = tl.maximum(top, target_highest)
+    if HAS_SINKS:
+        sink = LOG2_E * tl.load(sinks + batch * sinks_stride_b + head * sinks_stride_h + query * sinks_stride_n).to(
+            tl.float32
+        )
+        top = tl.maximum(top, sink)
+    shrink = tl.exp2(highest - top)
+    everything = total * shrink
+    if HAS_REGROUP:
+        source_shrink = tl.exp2(source_highest - top)
+        everything += source_total * source_shrink
+    if HAS_TARGET:
+        target_shrink = tl.exp2(target_highest - top)
+        everything += target_total * target_shrink
+    if HAS_SINKS:
+        everything += tl.exp2(sink - top)
+    # A row that sees no key gives zeros.
+    whole = tl.where(everything > 0, everything, 1.0)
+    mean = accumulator / tl.where(total > 0, total, 1.0)[:, None]
+    mass = total * shrink / whole
+    row_code = tl.zeros(row.shape, tl.int32)
+    if HAS_ROW_CODES:
+        row_code = tl.load(row_codes + batch * row_codes_stride + query).to(tl.int32)
+    if HAS_REGROUP:
+        source_mass = source_total * source_shrink / whole
+        if HAS_TARGET:
+            target_mass = target_total * target_shrink / whole
+            acts = target_total > 0
+        else:
+            acts = total > 0
+        if GATE_OF != NO_BIT_IN_KERNEL:
+            of_mass = of_total * shrink + source_of * source_shrink
+            if HAS_TARGET:
+                of_mass += target_of * target_shrink
+            of_mass = of_mass / whole
+            acts = acts & (of_mass >= tl.load(regroup + num_heads + head))
+            if GATE_SHARE != NO_BIT_IN_KERNEL:
+                share_mass = share_total * shrink + source_share * source_shrink
+                if HAS_TARGET:
+                    share_mass += target_share * target_shrink
+                acts = acts & (share_mass / whole <= tl.load(regroup + 2 * num_heads + head) * of_mass)
+        if REGROUP_ROW != NO_BIT_IN_KERNEL:
+            acts = acts & has_bit(row_code, REGROUP_ROW)
+        keep = tl.where(acts, tl.load(regroup + head), 1.0)
+        freed = tl.where(acts, (1 - keep) * source_mass, 0.0)
+        source_mean = source / tl.where(source_total > 0, source_total, 1.0)[:, None]
+        if HAS_TARGET:
+            target_mean = target / tl.where(target_total > 0, target_total, 1.0)[:, None]
+            mean = mean * mass[:, None] + target_mean * (target_mass + freed)[:, None]
+        else:
+            mean = mean * (mass + freed)[:, None]
+        mean += source_mean * (keep * source_mass)[:, None]
+    else:
+        mean = mean * mass[:, None]
+    if HAS_AFFINE:
+        factor = tl.load(gain + batch * gain_b + head)[:, None]
+        affine = tl.where(factor == 0, 0.0, mean * factor)
+        if HAS_OFFSET:
+            affine += tl.load(
+                offset + batch * offset_b + head[:, None] * DV + in_dv[None, :], mask=in_dv[None, :] < DV, other=0.0
+            )
+        if AFFINE_ROW != NO_BIT_IN_KERNEL:
+            affine = tl.where(has_bit(row_code, AFFINE_ROW)[:, None], affine, mean)
+        mean = affine
+    tl.store(
+        output + batch * o_b + head[:, None] * o_h + query[:, None] * o_n + in_dv[None, :],
+        mean.to(output.dtype.element_ty),
+        mask=row_inside[:, None] & (in_dv[None, :] < DV),
+    )
+    if WRITE_LSE:
+        tl.store(
+            log_sum_exp + (batch * num_heads + head) * num_queries + query,
+            tl.where(everything > 0, (top + tl.log2(whole)) * LN_2, float("-inf")),
+            mask=row_inside,
+        )
+
+
+# Numbers that change from one token to the next must not compile a kernel anew.
+@triton.jit(do_not_specialize=["num_keys", "query_offset", "num_codes", "window", "table_length"])
+def _edited_decode(
+    query,
+    key,
+    value,
+    output,
+    log_sum_exp,
+    workspace,
+    counters,
+    q_b,
+    q_h,
+    q_n,
+    k_b,
+    k_h,
+    k_m,
+    v_b,
+    v_h,
+    v_m,
+    o_b,
+    o_h,
+    o_n,
+    num_heads,
+    heads_per_kv,
+    num_queries,
+    num_keys,
+    query_offset,
+    scaling,
+    softcap,
+    window,
+    page_table,
+    table_length,
+    lengths,
+    page_size,
+    key_valid,
+    valid_stride,
+    given,
+    given_stride_b,
+    given_stride_h,
+    given_stride_n,
+    given_stride_m,
+    sinks,
+    sinks_stride_b,
+    sinks_stride_h,
+    sinks_stride_n,
+    query_value,
+    key_value,
+    query_value_stride,
+    key_value_stride,
+    order_heads,
+    key_codes,
+    codes_b,
+    codes_h,
+    num_codes,
+    row_codes,
+    row_codes_stride,
+    map_coefficients,
+    pair_heads,
+    regroup,
+    gain,
+    gain_b,
+    offset,
+    offset_b,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_PAGES: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    MASK_IS_BIAS: tl.constexpr,
+    LOWEST: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_VALUES: tl.constexpr,
+    HAS_ORDER_HEADS: tl.constexpr,
+    HAS_CODES: tl.constexpr,
+    CODES_BY_HEAD: tl.constexpr,
+    HAS_ROW_CODES: tl.constexpr,
+    NUM_MAPS: tl.constexpr,
+    MAP_KEYS: tl.constexpr,
+    MAP_ROWS: tl.constexpr,
+    NUM_PAIRS: tl.constexpr,
+    PAIR_KEYS: tl.constexpr,
+    PAIR_ROWS: tl.constexpr,
+    HAS_REGROUP: tl.constexpr,
+    SOURCE: tl.constexpr,
+    TARGET: tl.constexpr,
+    GATE_OF: tl.constexpr,
+    GATE_SHARE: tl.constexpr,
+    REGROUP_ROW: tl.constexpr,
+    HAS_AFFINE: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    AFFINE_ROW: tl.constexpr,
+    WRITE_LSE: tl.constexpr,
+    ONE_SPLIT: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    HAS_TARGET: tl.constexpr = HAS_REGROUP and TARGET != NO_BIT_IN_KERNEL
+    HAS_GATE: tl.constexpr = HAS_REGROUP and GATE_OF != NO_BIT_IN_KERNEL
+    HAS_SHARE: tl.constexpr = HAS_GATE and GATE_SHARE != NO_BIT_IN_KERNEL
+    PACKED: tl.constexpr = CLASSES * ROWS
+    split = tl.program_id(0)
+    num_splits = tl.num_programs(0)
+    kv_head = tl.program_id(1) // ROW_BLOCKS
+    row_block = tl.program_id(1) % ROW_BLOCKS
+    batch = tl.program_id(2).to(tl.int64)
+    num_rows = heads_per_kv * num_queries
+    in_packed = tl.arange(0, PACKED)
+    in_d = tl.arange(0, BLOCK_D)
+    in_dv = tl.arange(0, BLOCK_DV)
+    in_m = tl.arange(0, BLOCK_M)
+    # Rows beyond the last repeat it, and are not stored.
+    row = tl.minimum(row_block * ROWS + in_packed % ROWS, num_rows - 1)[:, None]
+    row_class = (in_packed // ROWS)[:, None]
+    group_head = kv_head * heads_per_kv
+    head = group_head + row // num_queries
+    query_row = row % num_queries
+    query_tile = tl.load(
+        query + batch * q_b + head.to(tl.int64) * q_h + query_row.to(tl.int64) * q_n + in_d[None, :],
+        mask=in_d[None, :] < D,
+        other=0.0,
+    )
+    if HAS_PAGES:
+        num_keys = tl.load(lengths + batch)
+        query_offset = num_keys - num_queries
+        key_base = key + kv_head.to(tl.int64) * k_h
+        value_base = value + kv_head.to(tl.int64) * v_h
+    else:
+        key_base = key + batch * k_b + kv_head.to(tl.int64) * k_h
+        value_base = value + batch * v_b + kv_head.to(tl.int64) * v_h
+    query_index = query_offset + query_row
+    to_log2 = scaling * LOG2_E
+    row_code = tl.zeros([PACKED, 1], tl.int32)
+    if HAS_ROW_CODES:
+        row_code = tl.load(row_codes + batch * row_codes_stride + query_row).to(tl.int32)
+    if HAS_VALUES:
+        of_query = tl.load(query_value + batch * query_value_stride + query_row)
+        if HAS_ORDER_HEADS:
+            by_value_here = tl.load(order_heads + head) != 0
+    if CODES_BY_HEAD:
+        code_at = batch * codes_b + head.to(tl.int64) * codes_h
+    else:
+        code_at = (batch * codes_b + tl.zeros([1, 1], tl.int64)).to(tl.int64)
+    valid_base = key_valid
+    if HAS_VALID:
+        valid_base = key_valid + batch * valid_stride
+    given_at = tl.zeros([PACKED, 1], tl.int64)
+    if HAS_MASK:
+        given_at = batch * given_stride_b + head.to(tl.int64) * given_stride_h + query_row.to(tl.int64) * given_stride_n
+
+    # Keys that some row may see by index: all of them where a mask, an order value or a pair decides.
+    start = 0
+    stop = num_keys
+    if not HAS_MASK and not HAS_VALUES and NUM_PAIRS == 0:
+        if CAUSAL:
+            stop = tl.minimum(num_keys, query_offset + num_queries)
+        if HAS_WINDOW:
+            start = tl.maximum(0, query_offset - window + 1)
+    num_tiles = (tl.maximum(stop - start, 0) + BLOCK_M - 1) // BLOCK_M
+    first_tile = split * num_tiles // num_splits
+    stop_tile = (split + 1) * num_tiles // num_splits
+
+    accumulator = tl.zeros([PACKED, BLOCK_DV], tl.float32)
+    highest = tl.full([PACKED], LOWEST_MAXIMUM, tl.float32)
+    # Summed over the tile's columns only at the end: a sum crosses warps.
+    total = tl.zeros([PACKED, BLOCK_M], tl.float32)
+    of_total = tl.zeros([PACKED, BLOCK_M], tl.float32)
+    share_total = tl.zeros([PACKED, BLOCK_M], tl.float32)
+    keys = start + first_tile * BLOCK_M + in_m
+    next_code = _load_codes(key_codes, code_at, keys, num_codes, HAS_CODES)
+    next_valid = _load_valid(valid_base, keys, num_keys, HAS_VALID)
+    next_given = _load_given(given, given_at, given_stride_m, keys, num_keys, HAS_MASK)
+    for tile in tl.range(first_tile, stop_tile, num_stages=STAGES):
+        keys = start + tile * BLOCK_M + in_m
+        inside = keys < stop
+        code = next_code.to(tl.int32)
+        valid_byte = next_valid
+        of_mask = next_given
+        next_code = _load_codes(key_codes, code_at, keys + BLOCK_M, num_codes, HAS_CODES)
+        next_valid = _load_valid(valid_base, keys + BLOCK_M, num_keys, HAS_VALID)
+        next_given = _load_given(given, given_at, given_stride_m, keys + BLOCK_M, num_keys, HAS_MASK)
+        if HAS_PAGES:
+            page = tl.load(page_table + batch * table_length + keys // page_size, mask=inside, other=0).to(tl.int64)
+            key_at = page * k_b + (keys % page_size).to(tl.int64) * k_m
+            value_at = page * v_b + (keys % page_size).to(tl.int64) * v_m
+        else:
+            key_at = keys.to(tl.int64) * k_m
+            value_at = keys.to(tl.int64) * v_m
+        key_tile = load_tile(key_base, key_at, in_d, D, BLOCK_D, inside, True)
+        logits = capped(scores(query_tile, key_tile, to_log2, PRECISION), softcap, HAS_SOFTCAP)
+
+        valid = inside[None, :]
+        if HAS_VALID:
+            valid = valid & (valid_byte != 0)
+        if HAS_MASK:
+            if MASK_IS_BIAS:
+                bias = of_mask.to(tl.float32)
+                visible = (bias > LOWEST) & inside[None, :]
+                logits += tl.where(visible, bias * LOG2_E, 0.0)
+            else:
+                visible = (of_mask != 0) & inside[None, :]
+        else:
+            visible = valid & (query_row >= 0)
+            if CAUSAL:
+                visible = visible & (keys[None, :] <= query_index)
+            if HAS_WINDOW:
+                visible = visible & (keys[None, :] > query_index - window)
+        if HAS_VALUES:
+            of_key = tl.load(key_value + batch * key_value_stride + keys, mask=inside, other=0)[None, :]
+            by_value = (of_key <= of_query) & valid
+            if HAS_ORDER_HEADS:
+                visible = (by_value & by_value_here) | (visible & (by_value_here == 0))
+            else:
+                visible = by_value
+        logits = mapped_logits(logits, code, row_code, head, map_coefficients, num_heads, NUM_MAPS, MAP_KEYS, MAP_ROWS)
+        visible = paired_visibility(
+            visible, valid, code, row_code, head, pair_heads, num_heads, NUM_PAIRS, PAIR_KEYS, PAIR_ROWS
+        )
+        if HAS_REGROUP:
+            key_class = tl.where(has_bit(code, SOURCE), 1, 0)
+            if HAS_TARGET:
+                key_class = tl.where(has_bit(code, TARGET) & (key_class == 0), 2, key_class)
+            visible = visible & (key_class == row_class)
+        logits = tl.where(visible, logits, float("-inf"))
+
+        new_highest = tl.maximum(highest, tl.max(logits, 1))
+        weights = tl.exp2(logits - new_highest[:, None])
+        shrink = tl.exp2(highest - new_highest)
+        highest = new_highest
+        total = total * shrink[:, None] + weights
+        if HAS_GATE:
+            of_total = of_total * shrink[:, None] + tl.where(has_bit(code, GATE_OF), weights, 0.0)
+        if HAS_SHARE:
+            share_total = share_total * shrink[:, None] + tl.where(has_bit(code, GATE_SHARE), weights, 0.0)
+        value_tile = load_tile(value_base, value_at, in_dv, DV, BLOCK_DV, inside, False)
+        accumulator = matmul(weights.to(value_tile.dtype), value_tile, accumulator * shrink[:, None], PRECISION)
+    total = tl.sum(total, 1)
+    of_total = tl.sum(of_total, 1)
+    share_total = tl.sum(share_total, 1)
+
+    finished_row = row_block * ROWS + tl.arange(0, ROWS)
+    if ONE_SPLIT:
+        _finish(
+            _of_class(accumulator, 0, CLASSES, ROWS, BLOCK_DV),
+            _of_class(total, 0, CLASSES, ROWS, 0),
+            _of_class(highest, 0, CLASSES, ROWS, 0),
+            _of_class(of_total, 0, CLASSES, ROWS, 0),
+            _of_class(share_total, 0, CLASSES, ROWS, 0),
+            _of_class(accumulator, 1, CLASSES, ROWS, BLOCK_DV),
+            _of_class(total, 1, CLASSES, ROWS, 0),
+            _of_class(highest, 1, CLASSES, ROWS, 0),
+            _of_class(of_total, 1, CLASSES, ROWS, 0),
+            _of_class(share_total, 1, CLASSES, ROWS, 0),
+            _of_class(accumulator, 2, CLASSES, ROWS, BLOCK_DV),
+            _of_class(total, 2, CLASSES, ROWS, 0),
+            _of_class(highest, 2, CLASSES, ROWS, 0),
+            _of_class(of_total, 2, CLASSES, ROWS, 0),
+            _of_class(share_total, 2, CLASSES, ROWS, 0),
+            finished_row,
+            num_rows,
+            num_queries,
+            group_head,
+            batch,
+            output,
+            o_b,
+            o_h,
+            o_n,
+            log_sum_exp,
+            num_heads,
+            sinks,
+            sinks_stride_b,
+            sinks_stride_h,
+            sinks_stride_n,
+            row_codes,
+            row_codes_stride,
+            regroup,
+            gain,
+            gain_b,
+            offset,
+            offset_b,
+            HAS_SINKS,
+            HAS_ROW_CODES,
+            HAS_REGROUP,
+            HAS_TARGET,
+            GATE_OF,
+            GATE_SHARE,
+            REGROUP_ROW,
+            HAS_AFFINE,
+            HAS_OFFSET,
+            AFFINE_ROW,
+            WRITE_LSE,
+            DV,
+            BLOCK_DV,
+        )
+    else:
+        group = batch * tl.num_programs(1) + tl.program_id(1)
+        parts = workspace + group * num_splits * (PACKED * DV)
+        statistics = (
+            workspace
+            + tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * num_splits * (PACKED * DV)
+            + group * num_splits * (STATISTICS * PACKED)
+        )
+        kept = (in_packed < (3 if HAS_TARGET else CLASSES) * ROWS) & (row_block * ROWS + in_packed % ROWS < num_rows)
+        tl.store(
+            parts + (split * PACKED + in_packed[:, None]) * DV + in_dv[None, :],
+            accumulator,
+            mask=kept[:, None] & (in_dv[None, :] < DV),
+        )
+        at = statistics + split * (STATISTICS * PACKED) + in_packed
+        tl.store(at, highest)
+        tl.store(at + PACKED, total)
+        if HAS_GATE:
+            tl.store(at + 2 * PACKED, of_total)
+        if HAS_SHARE:
+            tl.store(at + 3 * PACKED, share_total)
+        # All threads have written before one of them announces it.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(counters + group, 1, sem="acq_rel")
+        if arrived == num_splits - 1:
+            accumulator_0, total_0, highest_0, of_0, share_0 = _merged(
+                parts, statistics, num_splits, 0, HAS_GATE, HAS_SHARE, PACKED, ROWS, DV, BLOCK_DV, AT_ONCE
+            )
+            accumulator_1, total_1, highest_1, of_1, share_1 = accumulator_0, total_0, highest_0, of_0, share_0
+            accumulator_2, total_2, highest_2, of_2, share_2 = accumulator_0, total_0, highest_0, of_0, share_0
+            if HAS_REGROUP:
+                accumulator_1, total_1, highest_1, of_1, share_1 = _merged(
+                    parts, statistics, num_splits, 1, HAS_GATE, HAS_SHARE, PACKED, ROWS, DV, BLOCK_DV, AT_ONCE
+                )
+            if HAS_TARGET:
+                accumulator_2, total_2, highest_2, of_2, share_2 = _merged(
+                    parts, statistics, num_splits, 2, HAS_GATE, HAS_SHARE, PACKED, ROWS, DV, BLOCK_DV, AT_ONCE
+                )
+            _finish(
+                accumulator_0,
+                total_0,
+                highest_0,
+                of_0,
+                share_0,
+                accumulator_1,
+                total_1,
+                highest_1,
+                of_1,
+                share_1,
+                accumulator_2,
+                total_2,
+                highest_2,
+                of_2,
+                share_2,
+                finished_row,
+                num_rows,
+                num_queries,
+                group_head,
+                batch,
+                output,
+                o_b,
+                o_h,
+                o_n,
+                log_sum_exp,
+                num_heads,
+                sinks,
+                sinks_stride_b,
+                sinks_stride_h,
+                sinks_stride_n,
+                row_codes,
+                row_codes_stride,
+                regroup,
+                gain,
+                gain_b,
+                offset,
+                offset_b,
+                HAS_SINKS,
+                HAS_ROW_CODES,
+                HAS_REGROUP,
+                HAS_TARGET,
+                GATE_OF,
+                GATE_SHARE,
+                REGROUP_ROW,
+                HAS_AFFINE,
+                HAS_OFFSET,
+                AFFINE_ROW,
+                WRITE_LSE,
+                DV,
+                BLOCK_DV,
+            )
+            # The next launch finds the counter as this one did.
+            tl.store(counters + group, 0)
+
+
+def edited_decode(
+    inputs: AttentionInputs,
+    lowered: LoweredEdits,
+    *,
+    return_log_sum_exp: bool = False,
+    page_table: Tensor | None = None,
+    lengths: Tensor | None = None,
+    splits: int | None = None,
+    config: tuple[int, int, int] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Output ``(B, H, N, Dv)`` in the value's dtype; on request also the log-sum-exp ``(B, H, N)`` float32, natural.
+
+    For few queries: N times the query heads of a kv head must not exceed 64, else raises ``NotLowered``. All primitives
+    but Sparsity; dropout is not applied. The log-sum-exp is that of the edited logits, the sink logit included.
+
+    With ``page_table`` ``(B, pages)`` int32 and ``lengths`` ``(B,)`` int32, the inputs' key and value are pages
+    ``(all pages, page size, K, D)``; the queries are a sample's last keys, and neither a mask nor padding is read.
+    ``splits`` and ``config`` (keys of a tile, warps, stages) replace the built-in choice. Never waits for the device,
+    unless ``inputs.first_query`` is missing.
+    """
+    query, key, value = (_last_contiguous(tensor) for tensor in (inputs.query, inputs.key, inputs.value))
+    batch, num_heads, num_queries, head_dim = query.shape
+    value_dim = value.shape[3]
+    paged = page_table is not None
+    if page_table is not None:
+        if lengths is None:
+            raise ValueError("a page table needs the lengths of the samples")
+        if inputs.mask is not None or inputs.bias is not None:
+            raise NotLowered("a mask on a paged cache")
+        page_size, kv_heads = key.shape[1:3]
+        num_keys, query_offset = page_table.shape[1] * page_size, 0
+        key_strides = (key.stride(0), key.stride(2), key.stride(1))
+        value_strides = (value.stride(0), value.stride(2), value.stride(1))
+        page_table = page_table if page_table.stride(1) == 1 else page_table.contiguous()
+        table_length = page_table.stride(0)
+        newest = num_keys
+    else:
+        kv_heads, num_keys = key.shape[1:3]
+        query_offset, page_size, table_length = inputs.query_offset, 0, 0
+        key_strides, value_strides = key.stride()[:3], value.stride()[:3]
+        newest = query_offset + num_queries
+    group = num_heads // kv_heads
+    num_rows = group * num_queries
+    if num_rows > MOST_ROWS:
+        raise NotLowered(f"{num_rows} rows of one key and value head; decode takes at most {MOST_ROWS}")
+
+    regroup, values = lowered.regroup, lowered.order_values
+    given = inputs.mask.view(torch.uint8) if inputs.mask is not None else inputs.bias
+    # A mask says itself what is visible; only an Order asks for the real keys then.
+    needs_valid = inputs.padded and not paged and (given is None or lowered.num_pairs > 0 or values is not None)
+    valid = inputs.key_valid.view(torch.uint8) if needs_valid else None
+    classes = 1 if regroup is None else 2 if regroup.target == NO_BIT else 4
+    rows = min(max(16 // classes, triton.next_power_of_2(num_rows)), ROWS_OF_PROGRAM // classes)
+    row_blocks = -(-num_rows // rows)
+    block_d, block_dv = _padded(head_dim), _padded(value_dim)
+    block_m, warps, stages = config or config_of(query.dtype, max(block_d, block_dv))
+    if splits is None:
+        # As in the kernel: the keys that some row may see by index.
+        start, stop = 0, num_keys
+        if given is None and values is None and lowered.num_pairs == 0:
+            stop = min(num_keys, newest) if inputs.causal else num_keys
+            start = max(0, query_offset - inputs.window + 1) if inputs.window is not None and not paged else 0
+            if paged and inputs.window is not None:
+                stop = min(num_keys, inputs.window + num_queries)
+        splits = number_of_splits(
+            batch * kv_heads * row_blocks, -(-max(0, stop - start) // block_m), _multiprocessors(query.device)
+        )
+
+    output = value.new_empty(batch, num_queries, num_heads, value_dim)
+    log_sum_exp = (
+        torch.empty(batch, num_heads, num_queries, dtype=torch.float32, device=query.device)
+        if return_log_sum_exp
+        else None
+    )
+    workspace, counters = None, None
+    if splits > 1:
+        groups = batch * kv_heads * row_blocks
+        packed = classes * rows
+        workspace = torch.empty(groups * splits * packed * (value_dim + 4), dtype=torch.float32, device=query.device)
+        counters = _counters(query.device, groups)
+    codes, row_codes, sinks = lowered.key_codes, lowered.row_codes, inputs.sink_logits
+    has_codes = codes.shape[2] > 0 and lowered.edits_weights
+    _edited_decode[(splits, kv_heads * row_blocks, batch)](
+        query,
+        key,
+        value,
+        output,
+        log_sum_exp,
+        workspace,
+        counters,
+        *query.stride()[:3],
+        *key_strides,
+        *value_strides,
+        output.stride(0),
+        output.stride(2),
+        output.stride(1),
+        num_heads,
+        group,
+        num_queries,
+        num_keys,
+        query_offset,
+        inputs.scaling,
+        inputs.softcap or 0.0,
+        inputs.window or 0,
+        page_table,
+        table_length,
+        lengths,
+        page_size,
+        valid,
+        0 if valid is None else _batch_stride(valid),
+        given,
+        *((0, 0, 0, 0) if given is None else _broadcast_strides(given)),
+        sinks,
+        *((0, 0, 0) if sinks is None else _broadcast_strides(sinks)),
+        None if values is None else values[0],
+        None if values is None else values[1],
+        0 if values is None else _batch_stride(values[0]),
+        0 if values is None else _batch_stride(values[1]),
+        lowered.order_heads,
+        codes if has_codes else None,
+        _batch_stride(codes),
+        codes.stride(1),
+        codes.shape[2],
+        row_codes,
+        0 if row_codes is None else _batch_stride(row_codes),
+        lowered.map_coefficients,
+        lowered.pair_heads,
+        None if regroup is None else regroup.coefficients,
+        lowered.gain,
+        0 if lowered.gain is None else _batch_stride(lowered.gain),
+        lowered.offset,
+        0 if lowered.offset is None else _batch_stride(lowered.offset),
+        CAUSAL=inputs.causal,
+        HAS_WINDOW=inputs.window is not None,
+        HAS_PAGES=paged,
+        HAS_VALID=valid is not None,
+        HAS_MASK=given is not None,
+        MASK_IS_BIAS=inputs.mask is None and inputs.bias is not None,
+        LOWEST=0.0 if inputs.bias is None else torch.finfo(inputs.bias.dtype).min / 2,
+        HAS_SOFTCAP=inputs.softcap is not None,
+        HAS_SINKS=sinks is not None,
+        HAS_VALUES=values is not None,
+        HAS_ORDER_HEADS=lowered.order_heads is not None,
+        HAS_CODES=has_codes,
+        CODES_BY_HEAD=codes.shape[1] > 1,
+        HAS_ROW_CODES=row_codes is not None,
+        NUM_MAPS=lowered.num_maps,
+        MAP_KEYS=lowered.map_keys,
+        MAP_ROWS=lowered.map_rows,
+        NUM_PAIRS=lowered.num_pairs,
+        PAIR_KEYS=lowered.pair_keys,
+        PAIR_ROWS=lowered.pair_rows,
+        HAS_REGROUP=regroup is not None,
+        SOURCE=NO_BIT if regroup is None else regroup.source,
+        TARGET=NO_BIT if regroup is None else regroup.target,
+        GATE_OF=NO_BIT if regroup is None else regroup.gate_of,
+        GATE_SHARE=NO_BIT if regroup is None else regroup.gate_share,
+        REGROUP_ROW=NO_BIT if regroup is None else regroup.row,
+        HAS_AFFINE=lowered.gain is not None,
+        HAS_OFFSET=lowered.offset is not None,
+        AFFINE_ROW=lowered.affine_row,
+        WRITE_LSE=return_log_sum_exp,
+        ONE_SPLIT=splits == 1,
+        ROW_BLOCKS=row_blocks,
+        CLASSES=classes,
+        ROWS=rows,
+        D=head_dim,
+        DV=value_dim,
+        BLOCK_D=block_d,
+        BLOCK_DV=block_dv,
+        BLOCK_M=block_m,
+        AT_ONCE=max(1, MERGED_AT_ONCE // (rows * block_dv)),
+        PRECISION="ieee",
+        STAGES=stages,
+        num_warps=warps,
+    )
+    transposed = output.transpose(1, 2)
+    return transposed if log_sum_exp is None else (transposed, log_sum_exp)
+
+
+def config_of(dtype: torch.dtype, block_d: int) -> tuple[int, int, int]:
+    """Keys of a tile, warps, stages."""
+    return (CONFIGS_FLOAT32 if dtype == torch.float32 else CONFIGS)[max(64, block_d)]
+
+
+def number_of_splits(programs: int, tiles: int, multiprocessors: int) -> int:
+    """Into how many parts each of ``programs`` lists of ``tiles`` is cut: as equal as can be, one wave of programs."""
+    most = max(1, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // programs)
+    tiles_of_split = max(FEWEST_TILES_OF_SPLIT, -(-tiles // most))
+    return max(1, -(-tiles // tiles_of_split))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 4
+
+
+class _Counters:
+    """Zeros on one device that every launch leaves as zeros.
+
+    Launches of one stream follow one another and share theirs. A captured call keeps its own, since graphs may be
+    replayed on any streams; those come from memory allocated before, so that the graph need not clear them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.of_stream: dict[int, Tensor] = {}
+        self.for_graphs = torch.zeros(COUNTERS_FOR_GRAPHS, dtype=torch.int32, device=device)
+        self.taken = 0
+
+    def eager(self, stream: int, size: int) -> Tensor:
+        known = self.of_stream.get(stream)
+        if known is None or known.shape[0] < size:
+            known = torch.zeros(max(size, COUNTERS_OF_STREAM), dtype=torch.int32, device=self.device)
+            self.of_stream[stream] = known
+        return known
+
+    def captured(self, size: int) -> Tensor:
+        if self.taken + size > COUNTERS_FOR_GRAPHS:
+            self.taken = 0
+        # Four bytes each, rounded up to what the compiler takes for an aligned pointer.
+        first, self.taken = self.taken, self.taken + -(-size // 4) * 4
+        return self.for_graphs[first : first + size]
+
+
+_COUNTERS: dict[torch.device, _Counters] = {}
+
+
+def _counters(device: torch.device, size: int) -> Tensor:
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    known = _COUNTERS.get(device)
+    if known is None:
+        if capturing:
+            # Memory of a graph must not outlive it here.
+            return torch.zeros(size, dtype=torch.int32, device=device)
+        known = _COUNTERS[device] = _Counters(device)
+    if capturing:
+        return known.captured(size)
+    return known.eager(torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0, size)
+
+
+def _broadcast_strides(tensor: Tensor) -> tuple[int, ...]:
+    """Strides, 0 where the dimension has size 1 and serves all."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
