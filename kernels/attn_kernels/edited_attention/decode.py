@@ -89,13 +89,15 @@ def _load_given(given, given_at, stride_m, keys, num_keys, HAS_MASK: tl.constexp
 @triton.jit
 def _of_class(packed, which: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr):
     """The rows of one class, (ROWS,) or (ROWS, DV), of ``CLASSES * ROWS`` packed ones."""
-    if CLASSES == 1:
-        return packed
-    if DV == 0:
-        by_class = tl.reshape(packed, [CLASSES, ROWS])
-        return tl.sum(tl.where(tl.arange(0, CLASSES)[:, None] == which, by_class, 0.0), 0)
-    by_class = tl.reshape(packed, [CLASSES, ROWS, DV])
-    return tl.sum(tl.where(tl.arange(0, CLASSES)[:, None, None] == which, by_class, 0.0), 0)
+    chosen = packed
+    if CLASSES > 1:
+        if DV == 0:
+            by_class = tl.reshape(packed, [CLASSES, ROWS])
+            chosen = tl.sum(tl.where(tl.arange(0, CLASSES)[:, None] == which, by_class, 0.0), 0)
+        else:
+            by_class = tl.reshape(packed, [CLASSES, ROWS, DV])
+            chosen = tl.sum(tl.where(tl.arange(0, CLASSES)[:, None, None] == which, by_class, 0.0), 0)
+    return chosen
 
 
 @triton.jit
@@ -103,6 +105,7 @@ def _merged(
     parts,
     statistics,
     num_splits,
+    row_inside,
     which: tl.constexpr,
     HAS_GATE: tl.constexpr,
     HAS_SHARE: tl.constexpr,
@@ -137,7 +140,7 @@ def _merged(
         there = split < num_splits
         part = tl.load(
             parts + (split[:, None, None] * PACKED + in_rows[None, :, None]) * DV + in_dv[None, None, :],
-            mask=there[:, None, None] & (in_dv[None, None, :] < DV),
+            mask=there[:, None, None] & row_inside[None, :, None] & (in_dv[None, None, :] < DV),
             other=0.0,
             cache_modifier=".cg",
         )
@@ -624,18 +627,52 @@ def _edited_decode(
         tl.debug_barrier()
         arrived = tl.atomic_add(counters + group, 1, sem="acq_rel")
         if arrived == num_splits - 1:
+            finished_inside = finished_row < num_rows
             accumulator_0, total_0, highest_0, of_0, share_0 = _merged(
-                parts, statistics, num_splits, 0, HAS_GATE, HAS_SHARE, PACKED, ROWS, DV, BLOCK_DV, AT_ONCE
+                parts,
+                statistics,
+                num_splits,
+                finished_inside,
+                0,
+                HAS_GATE,
+                HAS_SHARE,
+                PACKED,
+                ROWS,
+                DV,
+                BLOCK_DV,
+                AT_ONCE,
             )
             accumulator_1, total_1, highest_1, of_1, share_1 = accumulator_0, total_0, highest_0, of_0, share_0
             accumulator_2, total_2, highest_2, of_2, share_2 = accumulator_0, total_0, highest_0, of_0, share_0
             if HAS_REGROUP:
                 accumulator_1, total_1, highest_1, of_1, share_1 = _merged(
-                    parts, statistics, num_splits, 1, HAS_GATE, HAS_SHARE, PACKED, ROWS, DV, BLOCK_DV, AT_ONCE
+                    parts,
+                    statistics,
+                    num_splits,
+                    finished_inside,
+                    1,
+                    HAS_GATE,
+                    HAS_SHARE,
+                    PACKED,
+                    ROWS,
+                    DV,
+                    BLOCK_DV,
+                    AT_ONCE,
                 )
             if HAS_TARGET:
                 accumulator_2, total_2, highest_2, of_2, share_2 = _merged(
-                    parts, statistics, num_splits, 2, HAS_GATE, HAS_SHARE, PACKED, ROWS, DV, BLOCK_DV, AT_ONCE
+                    parts,
+                    statistics,
+                    num_splits,
+                    finished_inside,
+                    2,
+                    HAS_GATE,
+                    HAS_SHARE,
+                    PACKED,
+                    ROWS,
+                    DV,
+                    BLOCK_DV,
+                    AT_ONCE,
                 )
             _finish(
                 accumulator_0,
@@ -743,7 +780,7 @@ def edited_decode(
     given = inputs.mask.view(torch.uint8) if inputs.mask is not None else inputs.bias
     # A mask says itself what is visible; only an Order asks for the real keys then.
     needs_valid = inputs.padded and not paged and (given is None or lowered.num_pairs > 0 or values is not None)
-    valid = inputs.key_valid.view(torch.uint8) if needs_valid else None
+    valid = _last_contiguous(inputs.key_valid).view(torch.uint8) if needs_valid else None
     classes = 1 if regroup is None else 2 if regroup.target == NO_BIT else 4
     rows = min(max(16 // classes, triton.next_power_of_2(num_rows)), ROWS_OF_PROGRAM // classes)
     row_blocks = -(-num_rows // rows)
