@@ -16,18 +16,21 @@ from torch import Tensor
 from attn_kernels.edited_attention import blocked
 from attn_kernels.edited_attention.decode import edited_decode
 from attn_kernels.edited_attention.edited_flash import config_of, edited_flash
-from attn_kernels.edited_attention.epilogue import epilogue_
+from attn_kernels.edited_attention.epilogue import MOST_KEYS, epilogue_
 from attn_kernels.edited_attention.head_affine import head_affine_
 from attn_kernels.edited_attention.lowering import LoweredEdits, NotLowered, lower
 from attn_kernels.inputs import AttentionInputs
 from attn_kernels.primitives import HeadAffine, Primitive, Tap
 
-PathName = Literal["vendor", "vendor + affine", "vendor + epilogue", "edited flash", "decode", "pytorch"]
+PathName = Literal[
+    "vendor", "vendor + affine", "vendor + epilogue", "vendor + edited rows", "edited flash", "decode", "pytorch"
+]
 
 # Rows of a decode call: queries times the query heads that share a key and value head.
+DECODE_QUERIES = 16
 DECODE_ROWS = 64
-# The epilogue computes its keys twice as slowly as the plain loop does, and reads and writes the output once more.
-EPILOGUE_KEYS_SHARE = 0.08
+# Computing some rows again pays off while they are few.
+EDITED_ROWS_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def vendor_refusal(inputs: AttentionInputs) -> str | None:
 def choose(inputs: AttentionInputs, lowered: LoweredEdits) -> Path:
     """The path of a call on a GPU whose edits could be lowered."""
     group = inputs.num_heads // inputs.key.shape[1]
-    if inputs.num_queries <= 16 and inputs.num_queries * group <= DECODE_ROWS:
+    if inputs.num_queries <= DECODE_QUERIES and inputs.num_queries * group <= DECODE_ROWS:
         return Path("decode", "few queries")
     refusal = vendor_refusal(inputs)
     if not lowered.edits_weights:
@@ -85,12 +88,14 @@ def choose(inputs: AttentionInputs, lowered: LoweredEdits) -> Path:
         return Path("edited flash", f"no log-sum-exp from the vendor under {refusal}")
     if lowered.order_values is not None:
         return Path("edited flash", "an order by value touches every key")
-    if lowered.edited_rows is not None or lowered.key_codes.shape[1] > 1:
-        # Lists by head come from detection and are short; a wrong guess costs time, not digits.
-        return Path("vendor + epilogue", "few rows" if lowered.edited_rows is not None else "few keys by head")
+    if lowered.key_codes.shape[1] > 1:
+        # Lists by head come from detection and are short; where one is not, its rows are computed again.
+        return Path("vendor + epilogue", "few keys by head")
     listed = lowered.listed.at_most
-    if listed <= max(128, EPILOGUE_KEYS_SHARE * inputs.num_keys):
+    if listed <= MOST_KEYS:
         return Path("vendor + epilogue", f"{listed} touched keys")
+    if lowered.rows_share <= EDITED_ROWS_SHARE:
+        return Path("vendor + edited rows", f"{lowered.rows_share:.0%} of the row tiles touched")
     return Path("edited flash", f"{listed} touched keys of {inputs.num_keys}")
 
 
@@ -118,14 +123,16 @@ def run(
     if path.name == "edited flash" and (heads is None or vendor_refusal(inputs) is not None):
         return edited_flash(inputs, lowered)[0], path
     output, log_sum_exp = vendor_attention(inputs) if vendor is None else vendor
+    if path.name == "vendor":
+        return output, path
     if path.name == "vendor + affine":
         head_affine_(output, lowered, heads)
     elif path.name == "vendor + epilogue":
         rows = config_of(inputs.query.dtype, inputs.query.shape[-1])[0]
         flags = epilogue_(inputs, lowered, output, log_sum_exp, rows, heads)
         edited_flash(inputs, lowered, heads, output, flags)
-    elif path.name == "edited flash":
-        edited_flash(inputs, lowered, heads, output)
+    else:
+        edited_flash(inputs, lowered, heads, output, only_touched_rows=path.name == "vendor + edited rows")
     return output, path
 
 

@@ -37,7 +37,7 @@ SMALLEST_REMAINDER = 1 / 64
 # A head's touched keys lie in one tile of at most so many.
 MOST_KEYS = 64
 # Rows of a tile, warps, pipeline stages, and programs a multiprocessor that share the row tiles of a head.
-CONFIG = (64, 4, 2, 6)
+CONFIG = (64, 4, 2, 4)
 
 
 @triton.jit
@@ -323,7 +323,7 @@ def epilogue_(
         SMALLEST_REMAINDER,
         CAUSAL=inputs.causal,
         HAS_ROW_CODES=rows is not None,
-        ROW_FILTER=_row_filter(lowered),
+        ROW_FILTER=lowered.touched_rows or 0,
         NUM_MAPS=lowered.num_maps,
         MAP_KEYS=lowered.map_keys,
         MAP_ROWS=lowered.map_rows,
@@ -356,11 +356,3 @@ def epilogue_(
 
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
-def _row_filter(lowered: LoweredEdits) -> int:
-    """Bits of which a row needs one to be touched; 0 if some edit touches every row."""
-    rows = lowered.edited_rows
-    if rows is None or lowered.gain is None:
-        return rows or 0
-    return 0 if lowered.affine_row == NO_BIT else rows | 1 << lowered.affine_row

@@ -6,13 +6,14 @@ identity of the tensor). A key whose byte is 0 is touched by no edit, so the ker
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from attn_kernels.inputs import AttentionInputs
 from attn_kernels.primitives import Gate, HeadAffine, LogitMap, Order, Primitive, Regroup, Sparsity
@@ -69,6 +70,22 @@ class LoweredEdits:
         if self.regroup is not None:
             bits.append(self.regroup.row)
         return None if NO_BIT in bits or self.order_values is not None else sum(1 << bit for bit in set(bits))
+
+    @property
+    def touched_rows(self) -> int | None:
+        """As ``edited_rows``, with the rows of HeadAffine."""
+        rows = self.edited_rows
+        if rows is None or self.gain is None:
+            return rows
+        return None if self.affine_row == NO_BIT else rows | 1 << self.affine_row
+
+    @cached_property
+    def rows_share(self) -> float:
+        """The share of tiles of 64 rows in which some row is touched. Waits for the device."""
+        if self.touched_rows is None or self.row_codes is None:
+            return 1.0
+        touched = functional.pad(self.row_codes & self.touched_rows, (0, -self.row_codes.shape[-1] % TILE))
+        return float(touched.unflatten(-1, (-1, TILE)).any(-1).float().mean())
 
     def untouched_tiles(self, num_keys: int, size: int) -> UntouchedTiles:
         """The tiles of ``size`` keys that hold any untouched key; made once for each size."""
@@ -269,7 +286,15 @@ def _selected_heads(edits: Sequence[Primitive]) -> Tensor | None:
         if heads is None:
             return None
         selected = heads if selected is None else selected | heads
-    return None if selected is None else selected.nonzero().squeeze(-1).to(torch.int32)
+    if selected is None:
+        return None
+    # A model's edits name the same heads in every call; looking them up waits for the device.
+    if selected not in _indices_of_heads:
+        _indices_of_heads[selected] = selected.nonzero().squeeze(-1).to(torch.int32)
+    return _indices_of_heads[selected]
+
+
+_indices_of_heads: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
 
 
 def _heads_of(edit: Primitive) -> Tensor | None:
