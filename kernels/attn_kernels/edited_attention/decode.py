@@ -52,8 +52,10 @@ CONFIGS_FLOAT32: dict[int, tuple[int, int, int]] = {64: (64, 4, 2), 128: (32, 4,
 # Splits are as many as keep every multiprocessor busy with so many programs, none with fewer tiles than the second number.
 PROGRAMS_PER_MULTIPROCESSOR = 2
 FEWEST_TILES_OF_SPLIT = 1
-# Numbers of the workspace that the merge holds in registers at once.
+# Numbers of the workspace and splits that the merge holds in registers at once, and steps that it loads ahead.
 MERGED_AT_ONCE = 8192
+SPLITS_AT_ONCE = 16
+MERGE_STAGES = 1
 # Counters for captured calls, each of which gets its own, and for the eager calls of one stream, which share theirs.
 COUNTERS_FOR_GRAPHS = 2**20
 COUNTERS_OF_STREAM = 2**14
@@ -65,16 +67,20 @@ STATISTICS = tl.constexpr(4)
 def _load_codes(key_codes, code_at, keys, num_codes, HAS_CODES: tl.constexpr):
     """Codes of ``keys`` (C,) as bytes: (1, C), or (R, C) where ``code_at`` (R, 1) differs by head."""
     if HAS_CODES:
-        return tl.load(key_codes + (code_at + keys[None, :]), mask=keys[None, :] < num_codes, other=0)
-    return tl.zeros([1, keys.shape[0]], tl.uint8)
+        code = tl.load(key_codes + (code_at + keys[None, :]), mask=keys[None, :] < num_codes, other=0)
+    else:
+        code = tl.zeros([1, keys.shape[0]], tl.uint8)
+    return code
 
 
 @triton.jit
 def _load_valid(key_valid, keys, num_keys, HAS_VALID: tl.constexpr):
     """Validity of ``keys`` (C,) as bytes (1, C)."""
     if HAS_VALID:
-        return tl.load(key_valid + keys[None, :], mask=keys[None, :] < num_keys, other=0)
-    return tl.zeros([1, keys.shape[0]], tl.uint8)
+        valid = tl.load(key_valid + keys[None, :], mask=keys[None, :] < num_keys, other=0)
+    else:
+        valid = tl.zeros([1, keys.shape[0]], tl.uint8)
+    return valid
 
 
 @triton.jit
@@ -82,8 +88,10 @@ def _load_given(given, given_at, stride_m, keys, num_keys, HAS_MASK: tl.constexp
     """Mask (bytes) or bias of ``keys`` (C,) for rows at ``given_at`` (R, 1): (R, C)."""
     if HAS_MASK:
         place = given + (given_at + keys[None, :].to(tl.int64) * stride_m)
-        return tl.load(place, mask=(keys[None, :] < num_keys) & (given_at >= 0), other=0)
-    return tl.zeros([1, keys.shape[0]], tl.uint8)
+        shown = tl.load(place, mask=(keys[None, :] < num_keys) & (given_at >= 0), other=0)
+    else:
+        shown = tl.zeros([1, keys.shape[0]], tl.uint8)
+    return shown
 
 
 @triton.jit
@@ -111,51 +119,46 @@ def _merged(
     HAS_SHARE: tl.constexpr,
     PACKED: tl.constexpr,
     ROWS: tl.constexpr,
+    MERGED_ROWS: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """One class over all splits: accumulator (ROWS, DV), and (ROWS,) each of total, maximum and the gate's totals."""
-    in_rows = which * ROWS + tl.arange(0, ROWS)
+    """One class over all splits: accumulator (MERGED_ROWS, DV), and of each row total, maximum and the gate's totals."""
+    in_rows = which * ROWS + tl.arange(0, MERGED_ROWS)
     in_dv = tl.arange(0, BLOCK_DV)
-    in_many = tl.arange(0, 64)
-    in_few = tl.arange(0, AT_ONCE)
-    highest = tl.full([ROWS], LOWEST_MAXIMUM, tl.float32)
-    for first in tl.range(0, num_splits, 64):
-        split = first + in_many
+    in_splits = tl.arange(0, AT_ONCE)
+    highest = tl.full([MERGED_ROWS], LOWEST_MAXIMUM, tl.float32)
+    accumulator = tl.zeros([MERGED_ROWS, BLOCK_DV], tl.float32)
+    total = tl.zeros([MERGED_ROWS], tl.float32)
+    of_total = tl.zeros([MERGED_ROWS], tl.float32)
+    share_total = tl.zeros([MERGED_ROWS], tl.float32)
+    for first in tl.range(0, num_splits, AT_ONCE, num_stages=STAGES):
+        split = first + in_splits
+        there = (split[:, None] < num_splits) & row_inside[None, :]
         # The other programs wrote these: the first-level cache may hold an older state.
-        some = tl.load(
-            statistics + split[:, None] * (STATISTICS * PACKED) + in_rows[None, :],
-            mask=split[:, None] < num_splits,
-            other=LOWEST_MAXIMUM,
-            cache_modifier=".cg",
-        )
-        highest = tl.maximum(highest, tl.max(some, 0))
-    accumulator = tl.zeros([ROWS, BLOCK_DV], tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    of_total = tl.zeros([ROWS], tl.float32)
-    share_total = tl.zeros([ROWS], tl.float32)
-    for first in tl.range(0, num_splits, AT_ONCE):
-        split = first + in_few
-        there = split < num_splits
         part = tl.load(
             parts + (split[:, None, None] * PACKED + in_rows[None, :, None]) * DV + in_dv[None, None, :],
-            mask=there[:, None, None] & row_inside[None, :, None] & (in_dv[None, None, :] < DV),
+            mask=there[:, :, None] & (in_dv[None, None, :] < DV),
             other=0.0,
             cache_modifier=".cg",
         )
         at = statistics + split[:, None] * (STATISTICS * PACKED) + in_rows[None, :]
-        its_highest = tl.load(at, mask=there[:, None], other=LOWEST_MAXIMUM, cache_modifier=".cg")
-        its_total = tl.load(at + PACKED, mask=there[:, None], other=0.0, cache_modifier=".cg")
-        scale = tl.exp2(its_highest - highest[None, :])
-        total += tl.sum(its_total * scale, 0)
-        accumulator += tl.sum(part * scale[:, :, None], 0)
+        its_highest = tl.load(at, mask=there, other=LOWEST_MAXIMUM, cache_modifier=".cg")
+        its_total = tl.load(at + PACKED, mask=there, other=0.0, cache_modifier=".cg")
+        new_highest = tl.maximum(highest, tl.max(its_highest, 0))
+        shrink = tl.exp2(highest - new_highest)
+        scale = tl.exp2(its_highest - new_highest[None, :])
+        highest = new_highest
+        total = total * shrink + tl.sum(its_total * scale, 0)
+        accumulator = accumulator * shrink[:, None] + tl.sum(part * scale[:, :, None], 0)
         if HAS_GATE:
-            its_of = tl.load(at + 2 * PACKED, mask=there[:, None], other=0.0, cache_modifier=".cg")
-            of_total += tl.sum(its_of * scale, 0)
+            its_of = tl.load(at + 2 * PACKED, mask=there, other=0.0, cache_modifier=".cg")
+            of_total = of_total * shrink + tl.sum(its_of * scale, 0)
         if HAS_SHARE:
-            its_share = tl.load(at + 3 * PACKED, mask=there[:, None], other=0.0, cache_modifier=".cg")
-            share_total += tl.sum(its_share * scale, 0)
+            its_share = tl.load(at + 3 * PACKED, mask=there, other=0.0, cache_modifier=".cg")
+            share_total = share_total * shrink + tl.sum(its_share * scale, 0)
     return accumulator, total, highest, of_total, share_total
 
 
@@ -396,12 +399,14 @@ def _edited_decode(
     ROW_BLOCKS: tl.constexpr,
     CLASSES: tl.constexpr,
     ROWS: tl.constexpr,
+    MERGED_ROWS: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    MERGE_STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -548,8 +553,8 @@ def _edited_decode(
     of_total = tl.sum(of_total, 1)
     share_total = tl.sum(share_total, 1)
 
-    finished_row = row_block * ROWS + tl.arange(0, ROWS)
     if ONE_SPLIT:
+        finished_row = row_block * ROWS + tl.arange(0, ROWS)
         _finish(
             _of_class(accumulator, 0, CLASSES, ROWS, BLOCK_DV),
             _of_class(total, 0, CLASSES, ROWS, 0),
@@ -627,20 +632,22 @@ def _edited_decode(
         tl.debug_barrier()
         arrived = tl.atomic_add(counters + group, 1, sem="acq_rel")
         if arrived == num_splits - 1:
-            finished_inside = finished_row < num_rows
+            finished_row = row_block * ROWS + tl.arange(0, MERGED_ROWS)
             accumulator_0, total_0, highest_0, of_0, share_0 = _merged(
                 parts,
                 statistics,
                 num_splits,
-                finished_inside,
+                finished_row < num_rows,
                 0,
                 HAS_GATE,
                 HAS_SHARE,
                 PACKED,
                 ROWS,
+                MERGED_ROWS,
                 DV,
                 BLOCK_DV,
                 AT_ONCE,
+                MERGE_STAGES,
             )
             accumulator_1, total_1, highest_1, of_1, share_1 = accumulator_0, total_0, highest_0, of_0, share_0
             accumulator_2, total_2, highest_2, of_2, share_2 = accumulator_0, total_0, highest_0, of_0, share_0
@@ -649,30 +656,34 @@ def _edited_decode(
                     parts,
                     statistics,
                     num_splits,
-                    finished_inside,
+                    finished_row < num_rows,
                     1,
                     HAS_GATE,
                     HAS_SHARE,
                     PACKED,
                     ROWS,
+                    MERGED_ROWS,
                     DV,
                     BLOCK_DV,
                     AT_ONCE,
+                    MERGE_STAGES,
                 )
             if HAS_TARGET:
                 accumulator_2, total_2, highest_2, of_2, share_2 = _merged(
                     parts,
                     statistics,
                     num_splits,
-                    finished_inside,
+                    finished_row < num_rows,
                     2,
                     HAS_GATE,
                     HAS_SHARE,
                     PACKED,
                     ROWS,
+                    MERGED_ROWS,
                     DV,
                     BLOCK_DV,
                     AT_ONCE,
+                    MERGE_STAGES,
                 )
             _finish(
                 accumulator_0,
@@ -783,6 +794,7 @@ def edited_decode(
     valid = _last_contiguous(inputs.key_valid).view(torch.uint8) if needs_valid else None
     classes = 1 if regroup is None else 2 if regroup.target == NO_BIT else 4
     rows = min(max(16 // classes, triton.next_power_of_2(num_rows)), ROWS_OF_PROGRAM // classes)
+    merged_rows = min(rows, triton.next_power_of_2(num_rows))
     row_blocks = -(-num_rows // rows)
     block_d, block_dv = _padded(head_dim), _padded(value_dim)
     block_m, warps, stages = config or config_of(query.dtype, max(block_d, block_dv))
@@ -896,12 +908,14 @@ def edited_decode(
         ROW_BLOCKS=row_blocks,
         CLASSES=classes,
         ROWS=rows,
+        MERGED_ROWS=merged_rows,
         D=head_dim,
         DV=value_dim,
         BLOCK_D=block_d,
         BLOCK_DV=block_dv,
         BLOCK_M=block_m,
-        AT_ONCE=max(1, MERGED_AT_ONCE // (rows * block_dv)),
+        AT_ONCE=min(SPLITS_AT_ONCE, max(1, MERGED_AT_ONCE // (merged_rows * block_dv))),
+        MERGE_STAGES=MERGE_STAGES,
         PRECISION="ieee",
         STAGES=stages,
         num_warps=warps,
