@@ -15,6 +15,7 @@ A byte of code is loaded one tile ahead: the compiler copies only whole words ah
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -25,7 +26,6 @@ from attn_kernels.edited_attention.edited_flash import (
     LOWEST_MAXIMUM,
     _batch_stride,
     _last_contiguous,
-    _padded,
     load_tile,
 )
 from attn_kernels.edited_attention.lowering import NO_BIT, LoweredEdits, NotLowered
@@ -95,37 +95,45 @@ def _load_given(given, given_at, stride_m, keys, num_keys, HAS_MASK: tl.constexp
 
 
 @triton.jit
-def _of_class(packed, which: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr):
-    """The rows of one class, (ROWS,) or (ROWS, DV), of ``CLASSES * ROWS`` packed ones."""
-    chosen = packed
+def _rows_of(per_row, which: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr):
+    """One class (ROWS,) out of (CLASSES * ROWS,)."""
+    chosen = per_row
     if CLASSES > 1:
-        if DV == 0:
-            by_class = tl.reshape(packed, [CLASSES, ROWS])
-            chosen = tl.sum(tl.where(tl.arange(0, CLASSES)[:, None] == which, by_class, 0.0), 0)
-        else:
-            by_class = tl.reshape(packed, [CLASSES, ROWS, DV])
-            chosen = tl.sum(tl.where(tl.arange(0, CLASSES)[:, None, None] == which, by_class, 0.0), 0)
+        by_class = tl.reshape(per_row, [CLASSES, ROWS])
+        chosen = tl.sum(tl.where(tl.arange(0, CLASSES)[:, None] == which, by_class, 0.0), 0)
     return chosen
 
 
 @triton.jit
+def _of_class(packed, which: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """One class out of the packed rows of all classes."""
+    accumulator, total, highest, of_total, share_total = packed
+    if CLASSES > 1:
+        by_class = tl.reshape(accumulator, [CLASSES, ROWS, BLOCK_DV])
+        accumulator = tl.sum(tl.where(tl.arange(0, CLASSES)[:, None, None] == which, by_class, 0.0), 0)
+    total = _rows_of(total, which, CLASSES, ROWS)
+    highest = _rows_of(highest, which, CLASSES, ROWS)
+    of_total = _rows_of(of_total, which, CLASSES, ROWS)
+    share_total = _rows_of(share_total, which, CLASSES, ROWS)
+    return accumulator, total, highest, of_total, share_total
+
+
+@triton.jit
 def _merged(
-    parts,
-    statistics,
-    num_splits,
-    row_inside,
+    stored,
     which: tl.constexpr,
     HAS_GATE: tl.constexpr,
     HAS_SHARE: tl.constexpr,
     PACKED: tl.constexpr,
     ROWS: tl.constexpr,
-    MERGED_ROWS: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     AT_ONCE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One class over all splits: accumulator (MERGED_ROWS, DV), and of each row total, maximum and the gate's totals."""
+    """One class over all splits, of the first rows: as many as ``stored`` has flags (R,) that say which rows exist."""
+    parts, statistics, num_splits, row_inside = stored
+    MERGED_ROWS: tl.constexpr = row_inside.shape[0]
     in_rows = which * ROWS + tl.arange(0, MERGED_ROWS)
     in_dv = tl.arange(0, BLOCK_DV)
     in_splits = tl.arange(0, AT_ONCE)
@@ -164,21 +172,9 @@ def _merged(
 
 @triton.jit
 def _finish(
-    accumulator,
-    total,
-    highest,
-    of_total,
-    share_total,
+    rest,
     source,
-    source_total,
-    source_highest,
-    source_of,
-    source_share,
     target,
-    target_total,
-    target_highest,
-    target_of,
-    target_share,
     row,
     num_rows,
     num_queries,
@@ -215,7 +211,13 @@ def _finish(
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """Puts the classes together, adds the sink logit, Regroup and HeadAffine, and writes ``row`` (R,) of a kv head."""
+    """Puts the classes together, adds the sink logit, Regroup and HeadAffine, and writes ``row`` (R,) of a kv head.
+
+    A class is an accumulator (R, DV), and of each row the total, the maximum and the gate's two totals.
+    """
+    accumulator, total, highest, of_total, share_total = rest
+    source_accumulator, source_total, source_highest, source_of, source_share = source
+    target_accumulator, target_total, target_highest, target_of, target_share = target
     in_dv = tl.arange(0, BLOCK_DV)
     row_inside = row < num_rows
     row = tl.minimum(row, num_rows - 1)
@@ -270,9 +272,9 @@ def _finish(
             acts = acts & has_bit(row_code, REGROUP_ROW)
         keep = tl.where(acts, tl.load(regroup + head), 1.0)
         freed = tl.where(acts, (1 - keep) * source_mass, 0.0)
-        source_mean = source / tl.where(source_total > 0, source_total, 1.0)[:, None]
+        source_mean = source_accumulator / tl.where(source_total > 0, source_total, 1.0)[:, None]
         if HAS_TARGET:
-            target_mean = target / tl.where(target_total > 0, target_total, 1.0)[:, None]
+            target_mean = target_accumulator / tl.where(target_total > 0, target_total, 1.0)[:, None]
             mean = mean * mass[:, None] + target_mean * (target_mass + freed)[:, None]
         else:
             mean = mean * (mass + freed)[:, None]
@@ -553,24 +555,51 @@ def _edited_decode(
     of_total = tl.sum(of_total, 1)
     share_total = tl.sum(share_total, 1)
 
-    if ONE_SPLIT:
-        finished_row = row_block * ROWS + tl.arange(0, ROWS)
+    is_last = True
+    group = batch * tl.num_programs(1) + tl.program_id(1)
+    parts = workspace
+    statistics = workspace
+    if not ONE_SPLIT:
+        parts += group * num_splits * (PACKED * DV)
+        all_parts = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * num_splits * (PACKED * DV)
+        statistics += all_parts + group * num_splits * (STATISTICS * PACKED)
+        kept = (in_packed < (3 if HAS_TARGET else CLASSES) * ROWS) & (row_block * ROWS + in_packed % ROWS < num_rows)
+        tl.store(
+            parts + (split * PACKED + in_packed[:, None]) * DV + in_dv[None, :],
+            accumulator,
+            mask=kept[:, None] & (in_dv[None, :] < DV),
+        )
+        at = statistics + split * (STATISTICS * PACKED) + in_packed
+        tl.store(at, highest)
+        tl.store(at + PACKED, total)
+        if HAS_GATE:
+            tl.store(at + 2 * PACKED, of_total)
+        if HAS_SHARE:
+            tl.store(at + 3 * PACKED, share_total)
+        # All threads have written before one of them announces it.
+        tl.debug_barrier()
+        is_last = tl.atomic_add(counters + group, 1, sem="acq_rel") == num_splits - 1
+    if is_last:
+        if ONE_SPLIT:
+            finished_row = row_block * ROWS + tl.arange(0, ROWS)
+            packed = (accumulator, total, highest, of_total, share_total)
+            rest = _of_class(packed, 0, CLASSES, ROWS, BLOCK_DV)
+            source = _of_class(packed, 1, CLASSES, ROWS, BLOCK_DV)
+            target = _of_class(packed, 2, CLASSES, ROWS, BLOCK_DV)
+        else:
+            finished_row = row_block * ROWS + tl.arange(0, MERGED_ROWS)
+            stored = (parts, statistics, num_splits, finished_row < num_rows)
+            rest = _merged(stored, 0, HAS_GATE, HAS_SHARE, PACKED, ROWS, DV, BLOCK_DV, AT_ONCE, MERGE_STAGES)
+            source = rest
+            target = rest
+            if HAS_REGROUP:
+                source = _merged(stored, 1, HAS_GATE, HAS_SHARE, PACKED, ROWS, DV, BLOCK_DV, AT_ONCE, MERGE_STAGES)
+            if HAS_TARGET:
+                target = _merged(stored, 2, HAS_GATE, HAS_SHARE, PACKED, ROWS, DV, BLOCK_DV, AT_ONCE, MERGE_STAGES)
         _finish(
-            _of_class(accumulator, 0, CLASSES, ROWS, BLOCK_DV),
-            _of_class(total, 0, CLASSES, ROWS, 0),
-            _of_class(highest, 0, CLASSES, ROWS, 0),
-            _of_class(of_total, 0, CLASSES, ROWS, 0),
-            _of_class(share_total, 0, CLASSES, ROWS, 0),
-            _of_class(accumulator, 1, CLASSES, ROWS, BLOCK_DV),
-            _of_class(total, 1, CLASSES, ROWS, 0),
-            _of_class(highest, 1, CLASSES, ROWS, 0),
-            _of_class(of_total, 1, CLASSES, ROWS, 0),
-            _of_class(share_total, 1, CLASSES, ROWS, 0),
-            _of_class(accumulator, 2, CLASSES, ROWS, BLOCK_DV),
-            _of_class(total, 2, CLASSES, ROWS, 0),
-            _of_class(highest, 2, CLASSES, ROWS, 0),
-            _of_class(of_total, 2, CLASSES, ROWS, 0),
-            _of_class(share_total, 2, CLASSES, ROWS, 0),
+            rest,
+            source,
+            target,
             finished_row,
             num_rows,
             num_queries,
@@ -607,136 +636,7 @@ def _edited_decode(
             DV,
             BLOCK_DV,
         )
-    else:
-        group = batch * tl.num_programs(1) + tl.program_id(1)
-        parts = workspace + group * num_splits * (PACKED * DV)
-        statistics = (
-            workspace
-            + tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * num_splits * (PACKED * DV)
-            + group * num_splits * (STATISTICS * PACKED)
-        )
-        kept = (in_packed < (3 if HAS_TARGET else CLASSES) * ROWS) & (row_block * ROWS + in_packed % ROWS < num_rows)
-        tl.store(
-            parts + (split * PACKED + in_packed[:, None]) * DV + in_dv[None, :],
-            accumulator,
-            mask=kept[:, None] & (in_dv[None, :] < DV),
-        )
-        at = statistics + split * (STATISTICS * PACKED) + in_packed
-        tl.store(at, highest)
-        tl.store(at + PACKED, total)
-        if HAS_GATE:
-            tl.store(at + 2 * PACKED, of_total)
-        if HAS_SHARE:
-            tl.store(at + 3 * PACKED, share_total)
-        # All threads have written before one of them announces it.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counters + group, 1, sem="acq_rel")
-        if arrived == num_splits - 1:
-            finished_row = row_block * ROWS + tl.arange(0, MERGED_ROWS)
-            accumulator_0, total_0, highest_0, of_0, share_0 = _merged(
-                parts,
-                statistics,
-                num_splits,
-                finished_row < num_rows,
-                0,
-                HAS_GATE,
-                HAS_SHARE,
-                PACKED,
-                ROWS,
-                MERGED_ROWS,
-                DV,
-                BLOCK_DV,
-                AT_ONCE,
-                MERGE_STAGES,
-            )
-            accumulator_1, total_1, highest_1, of_1, share_1 = accumulator_0, total_0, highest_0, of_0, share_0
-            accumulator_2, total_2, highest_2, of_2, share_2 = accumulator_0, total_0, highest_0, of_0, share_0
-            if HAS_REGROUP:
-                accumulator_1, total_1, highest_1, of_1, share_1 = _merged(
-                    parts,
-                    statistics,
-                    num_splits,
-                    finished_row < num_rows,
-                    1,
-                    HAS_GATE,
-                    HAS_SHARE,
-                    PACKED,
-                    ROWS,
-                    MERGED_ROWS,
-                    DV,
-                    BLOCK_DV,
-                    AT_ONCE,
-                    MERGE_STAGES,
-                )
-            if HAS_TARGET:
-                accumulator_2, total_2, highest_2, of_2, share_2 = _merged(
-                    parts,
-                    statistics,
-                    num_splits,
-                    finished_row < num_rows,
-                    2,
-                    HAS_GATE,
-                    HAS_SHARE,
-                    PACKED,
-                    ROWS,
-                    MERGED_ROWS,
-                    DV,
-                    BLOCK_DV,
-                    AT_ONCE,
-                    MERGE_STAGES,
-                )
-            _finish(
-                accumulator_0,
-                total_0,
-                highest_0,
-                of_0,
-                share_0,
-                accumulator_1,
-                total_1,
-                highest_1,
-                of_1,
-                share_1,
-                accumulator_2,
-                total_2,
-                highest_2,
-                of_2,
-                share_2,
-                finished_row,
-                num_rows,
-                num_queries,
-                group_head,
-                batch,
-                output,
-                o_b,
-                o_h,
-                o_n,
-                log_sum_exp,
-                num_heads,
-                sinks,
-                sinks_stride_b,
-                sinks_stride_h,
-                sinks_stride_n,
-                row_codes,
-                row_codes_stride,
-                regroup,
-                gain,
-                gain_b,
-                offset,
-                offset_b,
-                HAS_SINKS,
-                HAS_ROW_CODES,
-                HAS_REGROUP,
-                HAS_TARGET,
-                GATE_OF,
-                GATE_SHARE,
-                REGROUP_ROW,
-                HAS_AFFINE,
-                HAS_OFFSET,
-                AFFINE_ROW,
-                WRITE_LSE,
-                DV,
-                BLOCK_DV,
-            )
+        if not ONE_SPLIT:
             # The next launch finds the counter as this one did.
             tl.store(counters + group, 0)
 
@@ -761,7 +661,7 @@ def edited_decode(
     ``splits`` and ``config`` (keys of a tile, warps, stages) replace the built-in choice. Never waits for the device,
     unless ``inputs.first_query`` is missing.
     """
-    query, key, value = (_last_contiguous(tensor) for tensor in (inputs.query, inputs.key, inputs.value))
+    query, key, value = _last_contiguous(inputs.query), _last_contiguous(inputs.key), _last_contiguous(inputs.value)
     batch, num_heads, num_queries, head_dim = query.shape
     value_dim = value.shape[3]
     paged = page_table is not None
@@ -787,28 +687,24 @@ def edited_decode(
     if num_rows > MOST_ROWS:
         raise NotLowered(f"{num_rows} rows of one key and value head; decode takes at most {MOST_ROWS}")
 
-    regroup, values = lowered.regroup, lowered.order_values
+    # A view, so that a byte of the mask is loaded as a byte.
     given = inputs.mask.view(torch.uint8) if inputs.mask is not None else inputs.bias
+    edits = _edits(lowered)
     # A mask says itself what is visible; only an Order asks for the real keys then.
-    needs_valid = inputs.padded and not paged and (given is None or lowered.num_pairs > 0 or values is not None)
+    needs_valid = inputs.padded and not paged and (given is None or edits.orders)
     valid = _last_contiguous(inputs.key_valid).view(torch.uint8) if needs_valid else None
-    classes = 1 if regroup is None else 2 if regroup.target == NO_BIT else 4
-    rows = min(max(16 // classes, triton.next_power_of_2(num_rows)), ROWS_OF_PROGRAM // classes)
-    merged_rows = min(rows, triton.next_power_of_2(num_rows))
-    row_blocks = -(-num_rows // rows)
-    block_d, block_dv = _padded(head_dim), _padded(value_dim)
-    block_m, warps, stages = config or config_of(query.dtype, max(block_d, block_dv))
+    layout = _layout(query.dtype, num_rows, edits.classes, head_dim, value_dim, config)
+    groups = batch * kv_heads * layout.row_blocks
     if splits is None:
         # As in the kernel: the keys that some row may see by index.
         start, stop = 0, num_keys
-        if given is None and values is None and lowered.num_pairs == 0:
+        if given is None and not edits.orders:
             stop = min(num_keys, newest) if inputs.causal else num_keys
-            start = max(0, query_offset - inputs.window + 1) if inputs.window is not None and not paged else 0
-            if paged and inputs.window is not None:
+            if inputs.window is not None and paged:
                 stop = min(num_keys, inputs.window + num_queries)
-        splits = number_of_splits(
-            batch * kv_heads * row_blocks, -(-max(0, stop - start) // block_m), _multiprocessors(query.device)
-        )
+            elif inputs.window is not None:
+                start = max(0, query_offset - inputs.window + 1)
+        splits = number_of_splits(groups, -(-max(0, stop - start) // layout.block_m), _multiprocessors(query.device))
 
     output = value.new_empty(batch, num_queries, num_heads, value_dim)
     log_sum_exp = (
@@ -818,13 +714,10 @@ def edited_decode(
     )
     workspace, counters = None, None
     if splits > 1:
-        groups = batch * kv_heads * row_blocks
-        packed = classes * rows
-        workspace = torch.empty(groups * splits * packed * (value_dim + 4), dtype=torch.float32, device=query.device)
+        workspace = torch.empty(groups * splits * layout.of_split, dtype=torch.float32, device=query.device)
         counters = _counters(query.device, groups)
-    codes, row_codes, sinks = lowered.key_codes, lowered.row_codes, inputs.sink_logits
-    has_codes = codes.shape[2] > 0 and lowered.edits_weights
-    _edited_decode[(splits, kv_heads * row_blocks, batch)](
+    sinks = inputs.sink_logits
+    _edited_decode[(splits, kv_heads * layout.row_blocks, batch)](
         query,
         key,
         value,
@@ -856,10 +749,48 @@ def edited_decode(
         *((0, 0, 0, 0) if given is None else _broadcast_strides(given)),
         sinks,
         *((0, 0, 0) if sinks is None else _broadcast_strides(sinks)),
-        None if values is None else values[0],
-        None if values is None else values[1],
-        0 if values is None else _batch_stride(values[0]),
-        0 if values is None else _batch_stride(values[1]),
+        *edits.arguments,
+        CAUSAL=inputs.causal,
+        HAS_WINDOW=inputs.window is not None,
+        HAS_PAGES=paged,
+        HAS_VALID=valid is not None,
+        HAS_MASK=given is not None,
+        MASK_IS_BIAS=inputs.mask is None and inputs.bias is not None,
+        LOWEST=0.0 if inputs.bias is None else torch.finfo(inputs.bias.dtype).min / 2,
+        HAS_SOFTCAP=inputs.softcap is not None,
+        HAS_SINKS=sinks is not None,
+        WRITE_LSE=return_log_sum_exp,
+        ONE_SPLIT=splits == 1,
+        **edits.constants,
+        **layout.constants,
+    )
+    transposed = output.transpose(1, 2)
+    return transposed if log_sum_exp is None else (transposed, log_sum_exp)
+
+
+@dataclass(frozen=True)
+class _Edits:
+    """What the kernel takes of lowered edits: its positional arguments and its constants."""
+
+    arguments: tuple[Tensor | int | None, ...]
+    constants: dict[str, int | bool]
+    classes: int  # of keys: 1, or 2 or 3 with a Regroup, padded to a power of two
+    orders: bool
+
+
+def _edits(lowered: LoweredEdits) -> _Edits:
+    """Made once for each ``lowered``: its constants cost more than the rest of a call on the host."""
+    known: _Edits | None = lowered.__dict__.get("_decode")
+    if known is not None:
+        return known
+    regroup, values = lowered.regroup, lowered.order_values
+    codes, row_codes, gain, offset = lowered.key_codes, lowered.row_codes, lowered.gain, lowered.offset
+    has_codes = codes.shape[2] > 0 and lowered.edits_weights
+    arguments: tuple[Tensor | int | None, ...] = (
+        None if values is None else _last_contiguous(values[0]),
+        None if values is None else _last_contiguous(values[1]),
+        0 if values is None else _batch_stride(_last_contiguous(values[0])),
+        0 if values is None else _batch_stride(_last_contiguous(values[1])),
         lowered.order_heads,
         codes if has_codes else None,
         _batch_stride(codes),
@@ -870,58 +801,85 @@ def edited_decode(
         lowered.map_coefficients,
         lowered.pair_heads,
         None if regroup is None else regroup.coefficients,
-        lowered.gain,
-        0 if lowered.gain is None else _batch_stride(lowered.gain),
-        lowered.offset,
-        0 if lowered.offset is None else _batch_stride(lowered.offset),
-        CAUSAL=inputs.causal,
-        HAS_WINDOW=inputs.window is not None,
-        HAS_PAGES=paged,
-        HAS_VALID=valid is not None,
-        HAS_MASK=given is not None,
-        MASK_IS_BIAS=inputs.mask is None and inputs.bias is not None,
-        LOWEST=0.0 if inputs.bias is None else torch.finfo(inputs.bias.dtype).min / 2,
-        HAS_SOFTCAP=inputs.softcap is not None,
-        HAS_SINKS=sinks is not None,
-        HAS_VALUES=values is not None,
-        HAS_ORDER_HEADS=lowered.order_heads is not None,
-        HAS_CODES=has_codes,
-        CODES_BY_HEAD=codes.shape[1] > 1,
-        HAS_ROW_CODES=row_codes is not None,
-        NUM_MAPS=lowered.num_maps,
-        MAP_KEYS=lowered.map_keys,
-        MAP_ROWS=lowered.map_rows,
-        NUM_PAIRS=lowered.num_pairs,
-        PAIR_KEYS=lowered.pair_keys,
-        PAIR_ROWS=lowered.pair_rows,
-        HAS_REGROUP=regroup is not None,
-        SOURCE=NO_BIT if regroup is None else regroup.source,
-        TARGET=NO_BIT if regroup is None else regroup.target,
-        GATE_OF=NO_BIT if regroup is None else regroup.gate_of,
-        GATE_SHARE=NO_BIT if regroup is None else regroup.gate_share,
-        REGROUP_ROW=NO_BIT if regroup is None else regroup.row,
-        HAS_AFFINE=lowered.gain is not None,
-        HAS_OFFSET=lowered.offset is not None,
-        AFFINE_ROW=lowered.affine_row,
-        WRITE_LSE=return_log_sum_exp,
-        ONE_SPLIT=splits == 1,
-        ROW_BLOCKS=row_blocks,
-        CLASSES=classes,
-        ROWS=rows,
-        MERGED_ROWS=merged_rows,
-        D=head_dim,
-        DV=value_dim,
-        BLOCK_D=block_d,
-        BLOCK_DV=block_dv,
-        BLOCK_M=block_m,
-        AT_ONCE=min(SPLITS_AT_ONCE, max(1, MERGED_AT_ONCE // (merged_rows * block_dv))),
-        MERGE_STAGES=MERGE_STAGES,
-        PRECISION="ieee",
-        STAGES=stages,
-        num_warps=warps,
+        gain,
+        0 if gain is None else _batch_stride(gain),
+        offset,
+        0 if offset is None else _batch_stride(offset),
     )
-    transposed = output.transpose(1, 2)
-    return transposed if log_sum_exp is None else (transposed, log_sum_exp)
+    constants: dict[str, int | bool] = {
+        "HAS_VALUES": values is not None,
+        "HAS_ORDER_HEADS": lowered.order_heads is not None,
+        "HAS_CODES": has_codes,
+        "CODES_BY_HEAD": codes.shape[1] > 1,
+        "HAS_ROW_CODES": row_codes is not None,
+        "NUM_MAPS": lowered.num_maps,
+        "MAP_KEYS": lowered.map_keys,
+        "MAP_ROWS": lowered.map_rows,
+        "NUM_PAIRS": lowered.num_pairs,
+        "PAIR_KEYS": lowered.pair_keys,
+        "PAIR_ROWS": lowered.pair_rows,
+        "HAS_REGROUP": regroup is not None,
+        "SOURCE": NO_BIT if regroup is None else regroup.source,
+        "TARGET": NO_BIT if regroup is None else regroup.target,
+        "GATE_OF": NO_BIT if regroup is None else regroup.gate_of,
+        "GATE_SHARE": NO_BIT if regroup is None else regroup.gate_share,
+        "REGROUP_ROW": NO_BIT if regroup is None else regroup.row,
+        "HAS_AFFINE": gain is not None,
+        "HAS_OFFSET": offset is not None,
+        "AFFINE_ROW": lowered.affine_row,
+    }
+    classes = 1 if regroup is None else 2 if regroup.target == NO_BIT else 4
+    known = _Edits(arguments, constants, classes, lowered.num_pairs > 0 or values is not None)
+    lowered.__dict__["_decode"] = known
+    return known
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How the rows of a call lie in its programs."""
+
+    constants: dict[str, int | str]
+    row_blocks: int
+    block_m: int
+    of_split: int  # numbers in the workspace
+
+
+@functools.lru_cache(1024)
+def _layout(
+    dtype: torch.dtype,
+    num_rows: int,
+    classes: int,
+    head_dim: int,
+    value_dim: int,
+    config: tuple[int, int, int] | None,
+) -> _Layout:
+    rows = min(max(16 // classes, _power_of_two(num_rows)), ROWS_OF_PROGRAM // classes)
+    merged_rows = min(rows, _power_of_two(num_rows))
+    row_blocks = -(-num_rows // rows)
+    block_d, block_dv = max(16, _power_of_two(head_dim)), max(16, _power_of_two(value_dim))
+    block_m, warps, stages = config or config_of(dtype, max(block_d, block_dv))
+    constants: dict[str, int | str] = {
+        "ROW_BLOCKS": row_blocks,
+        "CLASSES": classes,
+        "ROWS": rows,
+        "MERGED_ROWS": merged_rows,
+        "D": head_dim,
+        "DV": value_dim,
+        "BLOCK_D": block_d,
+        "BLOCK_DV": block_dv,
+        "BLOCK_M": block_m,
+        "AT_ONCE": min(SPLITS_AT_ONCE, max(1, MERGED_AT_ONCE // (merged_rows * block_dv))),
+        "MERGE_STAGES": MERGE_STAGES,
+        "PRECISION": "ieee",
+        "STAGES": stages,
+        "num_warps": warps,
+    }
+    return _Layout(constants, row_blocks, block_m, classes * rows * (value_dim + STATISTICS.value))
+
+
+def _power_of_two(size: int) -> int:
+    """The smallest that is not below ``size``. Triton's function of that purpose is slow on the host."""
+    return 1 << (size - 1).bit_length()
 
 
 def config_of(dtype: torch.dtype, block_d: int) -> tuple[int, int, int]:
