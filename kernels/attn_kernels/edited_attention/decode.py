@@ -49,12 +49,14 @@ ROWS_OF_PROGRAM = 64
 # Keys of a tile, warps and pipeline stages, by the larger padded head size, for 16-bit and for 32-bit inputs.
 CONFIGS: dict[int, tuple[int, int, int]] = {64: (128, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3)}
 CONFIGS_FLOAT32: dict[int, tuple[int, int, int]] = {64: (64, 4, 2), 128: (32, 4, 2), 256: (32, 4, 1)}
-# Splits are as many as keep every multiprocessor busy with so many programs, none with fewer tiles than the second number.
+# Splits are as many as keep every multiprocessor busy with so many programs, none with fewer tiles than the second number,
+# and no more than the third, since one program merges them.
 PROGRAMS_PER_MULTIPROCESSOR = 2
 FEWEST_TILES_OF_SPLIT = 1
-# Numbers of the workspace and splits that the merge holds in registers at once, and steps that it loads ahead.
-MERGED_AT_ONCE = 8192
-SPLITS_AT_ONCE = 16
+MOST_SPLITS = 32
+# Numbers that the merge holds in registers at once, accumulators included, splits among them, and steps it loads ahead.
+MERGED_AT_ONCE = 20480
+SPLITS_AT_ONCE = 32
 MERGE_STAGES = 1
 # Counters for captured calls, each of which gets its own, and for the eager calls of one stream, which share theirs.
 COUNTERS_FOR_GRAPHS = 2**20
@@ -761,6 +763,8 @@ def edited_decode(
         HAS_SINKS=sinks is not None,
         WRITE_LSE=return_log_sum_exp,
         ONE_SPLIT=splits == 1,
+        # Pages are looked up one stage earlier.
+        STAGES=layout.stages + paged,
         **edits.constants,
         **layout.constants,
     )
@@ -841,6 +845,7 @@ class _Layout:
     constants: dict[str, int | str]
     row_blocks: int
     block_m: int
+    stages: int
     of_split: int  # numbers in the workspace
 
 
@@ -858,6 +863,9 @@ def _layout(
     row_blocks = -(-num_rows // rows)
     block_d, block_dv = max(16, _power_of_two(head_dim)), max(16, _power_of_two(value_dim))
     block_m, warps, stages = config or config_of(dtype, max(block_d, block_dv))
+    # A power of two, after each class has its accumulator.
+    at_once = MERGED_AT_ONCE // (merged_rows * block_dv) - min(classes, 3)
+    at_once = min(SPLITS_AT_ONCE, 1 << max(0, at_once.bit_length() - 1)) if at_once > 0 else 1
     constants: dict[str, int | str] = {
         "ROW_BLOCKS": row_blocks,
         "CLASSES": classes,
@@ -868,13 +876,12 @@ def _layout(
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
         "BLOCK_M": block_m,
-        "AT_ONCE": min(SPLITS_AT_ONCE, max(1, MERGED_AT_ONCE // (merged_rows * block_dv))),
+        "AT_ONCE": at_once,
         "MERGE_STAGES": MERGE_STAGES,
         "PRECISION": "ieee",
-        "STAGES": stages,
         "num_warps": warps,
     }
-    return _Layout(constants, row_blocks, block_m, classes * rows * (value_dim + STATISTICS.value))
+    return _Layout(constants, row_blocks, block_m, stages, classes * rows * (value_dim + STATISTICS.value))
 
 
 def _power_of_two(size: int) -> int:
@@ -889,7 +896,7 @@ def config_of(dtype: torch.dtype, block_d: int) -> tuple[int, int, int]:
 
 def number_of_splits(programs: int, tiles: int, multiprocessors: int) -> int:
     """Into how many parts each of ``programs`` lists of ``tiles`` is cut: as equal as can be, one wave of programs."""
-    most = max(1, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // programs)
+    most = max(1, min(MOST_SPLITS, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // programs))
     tiles_of_split = max(FEWEST_TILES_OF_SPLIT, -(-tiles // most))
     return max(1, -(-tiles // tiles_of_split))
 
@@ -940,7 +947,7 @@ def _counters(device: torch.device, size: int) -> Tensor:
         known = _COUNTERS[device] = _Counters(device)
     if capturing:
         return known.captured(size)
-    return known.eager(torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0, size)
+    return known.eager(torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0, size)
 
 
 def _broadcast_strides(tensor: Tensor) -> tuple[int, ...]:
