@@ -763,8 +763,8 @@ def edited_decode(
         HAS_SINKS=sinks is not None,
         WRITE_LSE=return_log_sum_exp,
         ONE_SPLIT=splits == 1,
-        # Pages are looked up one stage earlier.
-        STAGES=layout.stages + paged,
+        # The compiler shares the stages out between a look-up in the page table and the load that waits for it.
+        STAGES=2 * layout.stages - 1 if paged else layout.stages,
         **edits.constants,
         **layout.constants,
     )
