@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -21,11 +23,14 @@ from attn_kernels import (
     Regroup,
     edited_attention_reference,
 )
-from attn_kernels.edited_attention.decode import CONFIGS, MOST_ROWS, edited_decode, number_of_splits
 from attn_kernels.edited_attention.lowering import LoweredEdits, NotLowered, lower
 from tests.kernels.strategies import attention_inputs, calls_with_edits
 from tests.kernels.triton_device import DEVICE, on_device
 
+# The package's name for it is the function of the same name.
+decode = importlib.import_module("attn_kernels.edited_attention.decode")
+edited_decode, number_of_splits = decode.edited_decode, decode.number_of_splits
+CONFIGS, MOST_ROWS = decode.CONFIGS, decode.MOST_ROWS
 KINDS = (LogitMap, Order, Regroup, HeadAffine)
 # Tiles so small that a toy call has several of them.
 SMALL = (16, 4, 1)
@@ -318,6 +323,40 @@ def test_calls_that_follow_one_another_find_their_counters_at_zero() -> None:
     first = edited_decode(inputs, lowered, splits=2, config=SMALL)
     second = edited_decode(inputs, lowered, splits=3, config=SMALL)
     torch.testing.assert_close(first, second)
+
+
+def test_a_call_like_an_earlier_one_goes_to_the_compiled_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the arguments that Triton's own launch would have passed on, at a later length of the cache."""
+    names = list(inspect.signature(decode._edited_decode.fn).parameters)
+    launches: list[tuple[str, dict[str, object]]] = []
+
+    class Compiled:
+        def __getitem__(self, grid: tuple[int, ...]):
+            return lambda *args: launches.append(("compiled", dict(zip(names, args, strict=True))))
+
+    class Triton:
+        def __getitem__(self, grid: tuple[int, ...]):
+            def launch(*args: object, **constants: object) -> Compiled:
+                constants.pop("num_warps")
+                launches.append(("triton", dict(zip(names, args, strict=False)) | constants))
+                return Compiled()
+
+            return launch
+
+    monkeypatch.setattr(decode, "_edited_decode", Triton())
+    edits = on_device([Regroup(group(41, 0), 0.5)])
+    lowered = lower(on_device(long_call(60)), edits)
+    for num_keys in (60, 61):
+        edited_decode(on_device(long_call(num_keys)), lowered, splits=2)
+    edited_decode(on_device(replace(long_call(62), softcap=5.0)), lowered, splits=2)
+    assert [by for by, _ in launches] == ["triton", "compiled", "triton"]
+    first, second = launches[0][1], launches[1][1]
+    assert list(second) == names
+    assert {name for name in names if isinstance(first[name], Tensor)} == {
+        name for name in names if isinstance(second[name], Tensor)
+    }
+    changed = {name for name in names if not isinstance(first[name], Tensor) and first[name] != second[name]}
+    assert changed == {"num_keys", "query_offset", "k_b", "k_h", "v_b", "v_h"}
 
 
 @pytest.mark.parametrize("programs", [1, 4, 8, 32, 64, 1000])

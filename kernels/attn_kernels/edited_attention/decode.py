@@ -15,7 +15,8 @@ A byte of code is loaded one tile ahead: the compiler copies only whole words ah
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import triton
@@ -307,7 +308,7 @@ def _finish(
 
 
 # Numbers that change from one token to the next must not compile a kernel anew.
-@triton.jit(do_not_specialize=["num_keys", "query_offset", "num_codes", "window", "table_length"])
+@triton.jit(do_not_specialize=["num_keys", "query_offset", "num_codes", "window", "table_length", "valid_stride"])
 def _edited_decode(
     query,
     key,
@@ -719,7 +720,16 @@ def edited_decode(
         workspace = torch.empty(groups * splits * layout.of_split, dtype=torch.float32, device=query.device)
         counters = _counters(query.device, groups)
     sinks = inputs.sink_logits
-    _edited_decode[(splits, kv_heads * layout.row_blocks, batch)](
+    strides = (
+        *query.stride()[:3],
+        *key_strides,
+        *value_strides,
+        output.stride(0),
+        output.stride(2),
+        output.stride(1),
+    )
+    sinks_strides = (0, 0, 0) if sinks is None else _broadcast_strides(sinks)
+    arguments = (
         query,
         key,
         value,
@@ -727,19 +737,14 @@ def edited_decode(
         log_sum_exp,
         workspace,
         counters,
-        *query.stride()[:3],
-        *key_strides,
-        *value_strides,
-        output.stride(0),
-        output.stride(2),
-        output.stride(1),
+        *strides,
         num_heads,
         group,
         num_queries,
         num_keys,
         query_offset,
-        inputs.scaling,
-        inputs.softcap or 0.0,
+        float(inputs.scaling),
+        float(inputs.softcap or 0.0),
         inputs.window or 0,
         page_table,
         table_length,
@@ -750,29 +755,88 @@ def edited_decode(
         given,
         *((0, 0, 0, 0) if given is None else _broadcast_strides(given)),
         sinks,
-        *((0, 0, 0) if sinks is None else _broadcast_strides(sinks)),
+        *sinks_strides,
         *edits.arguments,
-        CAUSAL=inputs.causal,
-        HAS_WINDOW=inputs.window is not None,
-        HAS_PAGES=paged,
-        HAS_VALID=valid is not None,
-        HAS_MASK=given is not None,
-        MASK_IS_BIAS=inputs.mask is None and inputs.bias is not None,
-        LOWEST=0.0 if inputs.bias is None else torch.finfo(inputs.bias.dtype).min / 2,
-        HAS_SOFTCAP=inputs.softcap is not None,
-        HAS_SINKS=sinks is not None,
-        WRITE_LSE=return_log_sum_exp,
-        ONE_SPLIT=splits == 1,
+    )
+    grid = (splits, kv_heads * layout.row_blocks, batch)
+    # Triton looks at every argument of every launch, which takes longer than all of the above. A call that is like an
+    # earlier one in all that Triton compiles for goes to the compiled kernel.
+    alike = None
+    if given is None and not paged and _all_aligned(query, key, value, valid, sinks, strides):
+        alike = (
+            query.device,
+            layout,
+            value.dtype,
+            num_heads,
+            group,
+            num_queries,
+            inputs.causal,
+            inputs.window is None,
+            inputs.softcap is None,
+            valid is None,
+            None if sinks is None else (sinks.dtype, sinks_strides),
+            return_log_sum_exp,
+            splits == 1,
+        )
+        compiled = edits.compiled.get(alike)
+        if compiled is not None:
+            kernel, constants = compiled
+            kernel[grid](*arguments, *constants)
+            return _result(output, log_sum_exp)
+    by_name = {
+        "CAUSAL": inputs.causal,
+        "HAS_WINDOW": inputs.window is not None,
+        "HAS_PAGES": paged,
+        "HAS_VALID": valid is not None,
+        "HAS_MASK": given is not None,
+        "MASK_IS_BIAS": inputs.mask is None and inputs.bias is not None,
+        "LOWEST": 0.0 if inputs.bias is None else torch.finfo(inputs.bias.dtype).min / 2,
+        "HAS_SOFTCAP": inputs.softcap is not None,
+        "HAS_SINKS": sinks is not None,
+        "WRITE_LSE": return_log_sum_exp,
+        "ONE_SPLIT": splits == 1,
         # The compiler shares the stages out between a look-up in the page table and the load that waits for it.
-        STAGES=2 * layout.stages - 1 if paged else layout.stages,
+        "STAGES": 2 * layout.stages - 1 if paged else layout.stages,
         **edits.constants,
         **layout.constants,
-    )
+    }
+    kernel = _edited_decode[grid](*arguments, **by_name)
+    # Triton's interpreter returns nothing.
+    if alike is not None and kernel is not None:
+        edits.compiled[alike] = kernel, tuple(by_name[name] for name in _CONSTANT_NAMES)
+    return _result(output, log_sum_exp)
+
+
+# In the kernel's order, as a compiled kernel takes them.
+_CONSTANT_NAMES = tuple(name for name, kind in _edited_decode.fn.__annotations__.items() if "constexpr" in str(kind))
+
+
+def _result(output: Tensor, log_sum_exp: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
     transposed = output.transpose(1, 2)
     return transposed if log_sum_exp is None else (transposed, log_sum_exp)
 
 
-@dataclass(frozen=True)
+def _all_aligned(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor | None,
+    sinks: Tensor | None,
+    strides: tuple[int, ...],
+) -> bool:
+    """Whether every address and stride is a multiple of 16 and every stride fits 32 bits, as it mostly is."""
+    together = 0
+    for stride in strides:
+        together |= stride
+    addresses = query.data_ptr() | key.data_ptr() | value.data_ptr()
+    if valid is not None:
+        addresses |= valid.data_ptr()
+    if sinks is not None:
+        addresses |= sinks.data_ptr()
+    return (addresses | together) & 15 == 0 and together < 2**31
+
+
+@dataclass(frozen=True, eq=False)
 class _Edits:
     """What the kernel takes of lowered edits: its positional arguments and its constants."""
 
@@ -780,6 +844,7 @@ class _Edits:
     constants: dict[str, int | bool]
     classes: int  # of keys: 1, or 2 or 3 with a Regroup, padded to a power of two
     orders: bool
+    compiled: dict[tuple[object, ...], tuple[Any, tuple[Any, ...]]] = field(default_factory=dict)
 
 
 def _edits(lowered: LoweredEdits) -> _Edits:
@@ -838,9 +903,9 @@ def _edits(lowered: LoweredEdits) -> _Edits:
     return known
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Layout:
-    """How the rows of a call lie in its programs."""
+    """How the rows of a call lie in its programs. Equal arguments of ``_layout`` give the same object."""
 
     constants: dict[str, int | str]
     row_blocks: int
@@ -849,7 +914,7 @@ class _Layout:
     of_split: int  # numbers in the workspace
 
 
-@functools.lru_cache(1024)
+@functools.cache
 def _layout(
     dtype: torch.dtype,
     num_rows: int,
@@ -858,6 +923,8 @@ def _layout(
     value_dim: int,
     config: tuple[int, int, int] | None,
 ) -> _Layout:
+    if max(head_dim, value_dim) > max(CONFIGS) or dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise NotLowered(f"decode of {dtype} with head_dim {max(head_dim, value_dim)}")
     rows = min(max(16 // classes, _power_of_two(num_rows)), ROWS_OF_PROGRAM // classes)
     merged_rows = min(rows, _power_of_two(num_rows))
     row_blocks = -(-num_rows // rows)
