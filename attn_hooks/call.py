@@ -21,9 +21,11 @@ Phase = Literal["prefill", "chunk", "decode"]
 class AttentionCall:
     """Everything that one call of one layer offers to a method.
 
+    ``key_start`` is the place in the sequence of the first key: not 0 where a sliding cache has dropped keys.
     ``heads`` are the global indices of the query heads present, which under tensor parallelism are this rank's.
     ``state`` is the method's own memory of this sequence in this layer; it lives as long as the cache.
-    ``earlier`` holds the primitives of methods that act before this one; taps see their effect.
+    ``earlier`` holds the primitives of methods that act before this one; taps see their effect. ``selections`` are the
+    layer's head selections so far: the same heads are the same tensor in every call.
     """
 
     inputs: AttentionInputs
@@ -38,6 +40,8 @@ class AttentionCall:
     prompt_length: int | None
     state: dict[str, Any]
     earlier: list[Primitive] = field(default_factory=list)
+    key_start: int = 0
+    selections: dict[Any, Tensor] = field(default_factory=dict)
 
     @property
     def batch(self) -> int:
@@ -51,8 +55,11 @@ class AttentionCall:
         """``(H,)`` bool over the heads of this call for pairs (layer, head); None stays None: all heads."""
         if heads is None:
             return None
-        named = {head for layer, head in heads if layer == self.layer}
-        return torch.tensor([head in named for head in self.heads], device=self.device)
+        place = (heads, self.heads, self.device)
+        if place not in self.selections:
+            named = {head for layer, head in heads if layer == self.layer}
+            self.selections[place] = torch.tensor([head in named for head in self.heads], device=self.device)
+        return self.selections[place]
 
     def keys_at(self, positions: Tensor) -> Tensor:
         """A key group ``(B|1, 1, M)`` from a bool tensor over key positions ``(B|1, M)``, padding left out."""
@@ -74,7 +81,7 @@ class AttentionCall:
 
         Keys after the group's end (generated since) are outside it; keys that a sliding cache has dropped are gone.
         """
-        start = int(self.inputs.key_index[0])
+        start = self.key_start
         present = group[..., start : start + self.inputs.num_keys]
         missing = self.inputs.num_keys - present.shape[-1]
         return torch.nn.functional.pad(present, (0, missing))

@@ -71,7 +71,8 @@ class Edit(BaseModel):
     The declarations decide where an edit may run (tensor parallelism, other engines) and in which order edits act:
     ``reads`` and ``writes`` of an attention call, ``scope`` (what one output row depends on), ``head_indexed`` (names
     single heads), ``needs_lengths`` (counts from a sequence's beginning), ``keeps_state`` (remembers the prompt),
-    ``crosses_layers`` (one layer's answer depends on another's, which pipelines split).
+    ``crosses_layers`` (one layer's answer depends on another's, which pipelines split), ``fixed_in_decode`` (the primitives
+    of the first decode step serve all later ones: keys generated later are in none of their groups).
     """
 
     model_config = ConfigDict(
@@ -87,6 +88,7 @@ class Edit(BaseModel):
     needs_lengths: ClassVar[bool] = True
     keeps_state: ClassVar[bool] = False
     crosses_layers: ClassVar[bool] = False
+    fixed_in_decode: ClassVar[bool] = False
 
     def __init__(self, **parameters: Any) -> None:
         try:

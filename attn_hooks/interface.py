@@ -6,8 +6,8 @@ call goes to that very backend, so the outputs are its own, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,22 +19,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from attn_hooks.call import AttentionCall, Phase
 from attn_hooks.edit import STAGES, Edit
+from attn_hooks.engine import Prepared, Result, compute
 from attn_hooks.errors import error
 from attn_hooks.model_info import HONOURED_BACKENDS, IMPLEMENTATION_PREFIX, LayerInfo, ModelInfo, eager_attention_of
 from attn_hooks.recorder import Recorder
 from attn_hooks.selected_keys import selected_keys_mask
-from attn_hooks.sequence import SequenceState, SequenceTracker
+from attn_hooks.sequence import SequenceState, SequenceTracker, SharedByLayers, share
 from attn_hooks.tensor_parallel import local_heads
-from attn_kernels import (
-    AttentionInputs,
-    HeadAffine,
-    Primitive,
-    Tap,
-    edited_attention,
-    edited_weights,
-    head_affine,
-    moved_mass,
-)
+from attn_kernels import AttentionInputs, Primitive, Tap, moved_mass
 
 PLAN_ATTRIBUTE = "attn_hooks_plan"
 
@@ -62,8 +54,8 @@ WITHOUT_INFLUENCE = {
     "return_dict",
     "use_cache",
 }
-# Measuring the mass that moved costs as much as a decode step itself.
-DECODE_STEPS_PER_MEASURE = 16
+# Measuring the mass that moved costs as much as a decode step itself; the layers take turns.
+DECODE_STEPS_PER_MEASURE = 64
 _sdpa_at_import = functional.scaled_dot_product_attention
 
 
@@ -78,6 +70,7 @@ class LayerPlan:
     tracker: SequenceTracker
     recorder: Recorder
     own_config: Any
+    selections: dict[Any, Tensor] = field(default_factory=dict)
 
 
 def register() -> None:
@@ -114,47 +107,80 @@ def _edited(
     attention_mask: Tensor | None,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    inputs, sequence = _read_call(plan, module, query, key, value, attention_mask, kwargs)
+    inputs, sequence, shared = _read_call(plan, module, query, key, value, attention_mask, kwargs)
     sequence.calls[plan.layer.index] += 1
     heads = local_heads(module, query, plan.layer.num_heads, plan.model.model_class, plan.layer.index)
-    primitives, owners = _collect(plan, inputs, sequence, heads)
-    weight_edits = [edit for edit in primitives if not isinstance(edit, HeadAffine)]
-    recomputed = _heads_recomputed(weight_edits, inputs)
-    weights = None
-    if len(recomputed) == inputs.num_heads:
-        output = edited_attention(inputs, weight_edits)
-    else:
-        output, weights = unedited(module, query, key, value, attention_mask, **kwargs)
-        output = output.transpose(1, 2)
-        if len(recomputed):
-            output = output.index_copy(1, recomputed, edited_attention(inputs, weight_edits, recomputed))
-    if len(recomputed):
-        wanted = kwargs.get("output_attentions") or getattr(plan.own_config, "output_attentions", False)
-        weights = edited_weights(inputs, weight_edits) if wanted else None
-    output = head_affine(output, primitives)
-    phase = _phase(sequence, inputs)
-    measured = len(recomputed) > 0 and (phase != "decode" or sequence.past % DECODE_STEPS_PER_MEASURE == 0)
-    moved = moved_mass(inputs, primitives, recomputed) if measured else [None] * len(primitives)
-    rows = inputs.query_valid.sum()
-    for owner, primitive, mass in zip(owners, primitives, moved, strict=True):
+    phase = _phase(sequence)
+    prepared = _prepare(plan, inputs, sequence, shared, heads, phase)
+    wants_weights = kwargs.get("output_attentions") or getattr(plan.own_config, "output_attentions", False)
+    result = compute(
+        inputs,
+        prepared,
+        plain=lambda: unedited(module, query, key, value, attention_mask, **kwargs),
+        wants_weights=bool(wants_weights),
+    )
+    _record(plan, inputs, sequence, shared, prepared, heads, phase, result)
+    return result.output.transpose(1, 2).contiguous(), result.weights
+
+
+def _prepare(
+    plan: LayerPlan,
+    inputs: AttentionInputs,
+    sequence: SequenceState,
+    shared: SharedByLayers,
+    heads: range,
+    phase: Phase,
+) -> Prepared:
+    """The layer's primitives; in decode those of the step before, where all edits say that they serve."""
+    place = (plan.key, plan.layer.index, sequence.calls[plan.layer.index])
+    # A sliding cache that has dropped keys moves the groups from step to step.
+    may_be_known = phase == "decode" and shared.key_start == 0
+    known: Prepared | None = sequence.of_decode.get(place) if may_be_known else None
+    if known is not None:
+        return known
+    prepared = Prepared(*_collect(plan, inputs, sequence, shared, heads, phase))
+    if may_be_known and all(edit.fixed_in_decode for _, edit in plan.edits):
+        sequence.of_decode[place] = prepared
+    return prepared
+
+
+def _record(
+    plan: LayerPlan,
+    inputs: AttentionInputs,
+    sequence: SequenceState,
+    shared: SharedByLayers,
+    prepared: Prepared,
+    heads: range,
+    phase: Phase,
+    result: Result,
+) -> None:
+    layer = plan.layer.index
+    primitives = prepared.primitives
+    moved: list[Tensor | None] = [None] * len(primitives)
+    if result.edited_weights and (phase != "decode" or (sequence.past + layer) % DECODE_STEPS_PER_MEASURE == 0):
+        moved = moved_mass(inputs, primitives, result.heads)
+    rows = shared.rows(inputs)
+    for owner, primitive, mass in zip(prepared.owners, primitives, moved, strict=True):
         if not isinstance(primitive, Tap):
-            plan.recorder.record(owner, phase, plan.layer.index, _heads_edited(plan, owner, heads), rows, mass)
-    return output.transpose(1, 2).contiguous(), weights
+            plan.recorder.record(owner, phase, layer, _heads_edited(plan, owner, heads), rows, mass)
+    plan.recorder.record_path(phase, layer, result.path, result.why)
 
 
-def _heads_edited(plan: LayerPlan, owner: int, heads: range) -> list[int]:
+def _heads_edited(plan: LayerPlan, owner: int, heads: range) -> Iterator[int]:
     """Global indices of the heads of this call that an edit names."""
     named = dict(plan.edits)[owner].heads_in(plan.model, plan.layer.index)
-    return [head for head in heads if named is None or head in named]
+    return (head for head in heads if named is None or head in named)
 
 
 def _collect(
-    plan: LayerPlan, inputs: AttentionInputs, sequence: SequenceState, heads: range
+    plan: LayerPlan,
+    inputs: AttentionInputs,
+    sequence: SequenceState,
+    shared: SharedByLayers,
+    heads: range,
+    phase: Phase,
 ) -> tuple[list[Primitive], list[int]]:
     """The primitives of all edits of the layer and, beside each, which edit it belongs to."""
-    start = int(inputs.key_index[0])
-    kinds = sequence.layout.kinds[:, start : start + inputs.num_keys]
-    kinds = functional.pad(kinds, (0, inputs.num_keys - kinds.shape[1]))
     primitives: list[Primitive] = []
     owners: list[int] = []
     for position, edit in sorted(plan.edits, key=lambda pair: STAGES.index(pair[1].writes)):
@@ -164,13 +190,15 @@ def _collect(
             layer=plan.layer.index,
             num_layers=plan.model.num_layers,
             heads=heads,
-            phase=_phase(sequence, inputs),
+            phase=phase,
             layout=sequence.layout,
             image_token_id=plan.model.image_token_id,
-            key_kinds=kinds,
+            key_kinds=shared.kinds,
+            key_start=shared.key_start,
             prompt_length=sequence.prompt_length,
             state=sequence.state_of((plan.key, position, plan.layer.index)),
             earlier=list(primitives),
+            selections=plan.selections,
         )
         answered = edit.primitives(call)
         primitives.extend(answered)
@@ -186,7 +214,7 @@ def _read_call(
     value: Tensor,
     attention_mask: Tensor | None,
     kwargs: dict[str, Any],
-) -> tuple[AttentionInputs, SequenceState]:
+) -> tuple[AttentionInputs, SequenceState, SharedByLayers]:
     """The call as the engine takes it. Raises for whatever cannot be honoured exactly."""
     methods = " + ".join(edit.method for _, edit in plan.edits)
     model, layer = plan.model.model_class, plan.layer.index
@@ -207,12 +235,10 @@ def _read_call(
         raise error("cross-attention", model=model, layer=layer, methods=methods, detail=f"{num_keys} keys")
     if num_keys > total and not sequence.preallocated:
         raise refuse("key", f"It has {num_keys} keys for {total} tokens, so positions cannot be told.")
-    start = max(total - num_keys, 0)
-    key_index = start + torch.arange(num_keys, device=query.device)
-    query_index = total - num_queries + torch.arange(num_queries, device=query.device)
-    position = sequence.layout.position.to(query.device)
-    valid = sequence.layout.valid[:, start : start + num_keys].to(query.device)
-    beyond = num_keys - valid.shape[1]  # of a preallocated cache, still empty
+    place = (num_queries, num_keys, query.device)
+    shared: SharedByLayers | None = sequence.of_forward.get(place)
+    if shared is None:
+        shared = sequence.of_forward[place] = share(sequence.layout, *place)
     mask, bias = None, None
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
         attention_mask = attention_mask[..., :num_keys]
@@ -230,11 +256,11 @@ def _read_call(
         key=key,
         value=value,
         scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        query_index=query_index,
-        key_index=key_index,
-        query_position=position[:, total - num_queries :],
-        key_position=functional.pad(position[:, start : start + num_keys], (0, beyond), value=total),
-        key_valid=functional.pad(valid, (0, beyond)),
+        query_index=shared.query_index,
+        key_index=shared.key_index,
+        query_position=shared.query_position,
+        key_position=shared.key_position,
+        key_valid=shared.key_valid,
         mask=mask,
         bias=bias,
         causal=bool(getattr(module, "is_causal", True) if is_causal is None else is_causal),
@@ -242,11 +268,14 @@ def _read_call(
         softcap=kwargs.get("softcap"),
         sink_logits=sinks,
         dropout=float(kwargs.get("dropout") or 0.0),
+        first_query=shared.first_query,
+        # transformers gives no mask where no key is padding.
+        padded=attention_mask is not None or shared.beyond > 0,
     )
     position_bias = kwargs.get("position_bias")
     if position_bias is not None:
         inputs = _with_position_bias(inputs, position_bias)
-    return inputs, sequence
+    return inputs, sequence, shared
 
 
 def _with_position_bias(inputs: AttentionInputs, position_bias: Tensor) -> AttentionInputs:
@@ -256,16 +285,7 @@ def _with_position_bias(inputs: AttentionInputs, position_bias: Tensor) -> Atten
     return replace(inputs, mask=None, bias=torch.where(visible, bias, torch.finfo(bias.dtype).min))
 
 
-def _phase(sequence: SequenceState, inputs: AttentionInputs) -> Phase:
+def _phase(sequence: SequenceState) -> Phase:
     if sequence.past == 0:
         return "prefill"
     return "decode" if sequence.layout.length - sequence.past == 1 else "chunk"
-
-
-def _heads_recomputed(edits: Sequence[Primitive], inputs: AttentionInputs) -> Tensor:
-    """``(h,)`` long: heads whose weights some primitive changes or reads; the rest stay on the model's backend."""
-    selected = torch.zeros(inputs.num_heads, dtype=torch.bool, device=inputs.query.device)
-    for edit in edits:
-        heads = getattr(edit, "heads", None)
-        selected |= True if heads is None else heads
-    return selected.nonzero().squeeze(-1)

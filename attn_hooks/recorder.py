@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -20,16 +21,20 @@ class EditRecord:
     layers: set[int] = field(default_factory=set)
     heads: set[tuple[int, int]] = field(default_factory=set)
     rows: dict[torch.device, Tensor] = field(default_factory=dict)
+    rows_without_padding: int = 0
     moved: dict[torch.device, Tensor] = field(default_factory=dict)
     measured: int = 0
 
     def rows_edited(self) -> int:
         """Real query rows, summed over calls; padding left out."""
-        return sum(int(rows) for rows in self.rows.values())
+        return self.rows_without_padding + sum(int(rows) for rows in self.rows.values())
 
     def mass_moved(self) -> float | None:
         """Mean over calls of the share of a row's weight that went elsewhere; None if the edit moves no weight."""
         return sum(float(moved) for moved in self.moved.values()) / self.measured if self.measured else None
+
+
+logger = logging.getLogger("attn_hooks")
 
 
 def _add(sums: dict[torch.device, Tensor], value: Tensor) -> None:
@@ -38,19 +43,32 @@ def _add(sums: dict[torch.device, Tensor], value: Tensor) -> None:
 
 @dataclass
 class Recorder:
-    """One record for each edit, by its place in the list."""
+    """One record for each edit, by its place in the list, and the paths that computed the calls."""
 
     records: dict[int, EditRecord]
+    paths: dict[tuple[Phase, str, str], set[int]] = field(default_factory=dict)
+
+    def record_path(self, phase: Phase, layer: int, path: str, why: str) -> None:
+        """Notes, and logs once for each phase, which path computed a layer and why."""
+        place = (phase, path, why)
+        if place not in self.paths:
+            self.paths[place] = set()
+            logger.info("%s: %s (%s), first in layer %d", phase, path, why, layer)
+        self.paths[place].add(layer)
 
     def record(
-        self, position: int, phase: Phase, layer: int, heads: Iterable[int], rows: Tensor, moved: Tensor | None
+        self, position: int, phase: Phase, layer: int, heads: Iterable[int], rows: Tensor | int, moved: Tensor | None
     ) -> None:
-        """Adds one primitive of one call; ``rows`` is the number of its real queries, still on the device."""
+        """Adds one primitive of one call; ``rows`` is the number of its real queries, still on the device if padded."""
         record = self.records[position]
         record.calls[phase] += 1
-        record.layers.add(layer)
-        _add(record.rows, rows)
-        record.heads.update((layer, head) for head in heads)
+        if layer not in record.layers:
+            record.layers.add(layer)
+            record.heads.update((layer, head) for head in heads)
+        if isinstance(rows, int):
+            record.rows_without_padding += rows
+        else:
+            _add(record.rows, rows)
         if moved is not None:
             _add(record.moved, moved.detach())
             record.measured += 1

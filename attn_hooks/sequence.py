@@ -7,17 +7,20 @@ import threading
 from collections import Counter
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import Cache
 
 from attn_hooks.errors import error
 from attn_hooks.layout import TokenKind, TokenLayout
 from attn_hooks.model_info import ModelInfo
+from attn_kernels import AttentionInputs
 
 STATES_ATTRIBUTE = "attn_hooks_states"
 
@@ -28,20 +31,70 @@ class SequenceState:
 
     ``prompt_length`` is the padded length of the first forward, None if that ran unwrapped. ``preallocated`` caches are
     longer than the tokens in them. ``calls`` counts each layer's calls in the current forward. What methods keep comes
-    from the prompt, which beams of one sample share, so reordering beams leaves it as it is.
+    from the prompt, which beams of one sample share, so reordering beams leaves it as it is. ``of_forward`` holds what the
+    layers of one forward share; ``of_decode`` what the decode steps after one another share.
     """
 
     layout: TokenLayout
     prompt_length: int | None
     past: int = 0
+    new: int = 0
     preallocated: bool = False
     calls: Counter[int] = field(default_factory=Counter)
     of_method: dict[tuple[object, ...], dict[str, Any]] = field(default_factory=dict)
+    of_forward: dict[tuple[object, ...], Any] = field(default_factory=dict)
+    of_decode: dict[tuple[object, ...], Any] = field(default_factory=dict)
 
     def state_of(self, owner: tuple[str, int, int]) -> dict[str, Any]:
         """The memory of one edit in one layer: ``(plan, edit, layer)``. A layer that runs several times a forward (recurrent
         depth, differential attention) has one for each time."""
         return self.of_method.setdefault((*owner, self.calls[owner[2]]), {})
+
+
+@dataclass(frozen=True)
+class SharedByLayers:
+    """What the layers of one forward have in common whose calls have as many queries and keys: see ``AttentionInputs``."""
+
+    query_index: Tensor
+    key_index: Tensor
+    query_position: Tensor
+    key_position: Tensor
+    key_valid: Tensor
+    kinds: Tensor  # (B, M) uint8
+    key_start: int
+    first_query: int
+    beyond: int  # keys of a preallocated cache that are still empty
+
+    @cached_property
+    def _real_rows(self) -> Tensor:
+        return self.key_valid[:, self.first_query : self.first_query + len(self.query_index)].sum()
+
+    def rows(self, inputs: AttentionInputs) -> Tensor | int:
+        """How many queries are real tokens; on the device where only the device knows."""
+        if inputs.padded or not inputs.query.is_cuda:
+            return self._real_rows
+        return inputs.query.shape[0] * inputs.num_queries
+
+
+def share(layout: TokenLayout, num_queries: int, num_keys: int, device: torch.device) -> SharedByLayers:
+    """For a call whose queries are the last tokens of ``layout``."""
+    total = layout.length
+    start = max(total - num_keys, 0)
+    position = layout.position.to(device)
+    kinds = layout.kinds[:, start : start + num_keys].to(device)
+    beyond = num_keys - kinds.shape[1]
+    valid = layout.valid[:, start : start + num_keys].to(device)
+    return SharedByLayers(
+        query_index=total - num_queries + torch.arange(num_queries, device=device),
+        key_index=start + torch.arange(num_keys, device=device),
+        query_position=position[:, total - num_queries :],
+        key_position=functional.pad(position[:, start : start + num_keys], (0, beyond), value=total),
+        key_valid=functional.pad(valid, (0, beyond)),
+        kinds=functional.pad(kinds, (0, beyond)),
+        key_start=start,
+        first_query=total - num_queries - start,
+        beyond=beyond,
+    )
 
 
 class _InFlight(threading.local):
@@ -125,7 +178,11 @@ class SequenceTracker:
             state.layout = state.layout.filled_to(past).extended(new_layout, past)
         if valid is not None:
             state.layout = state.layout.padded_as(valid)
-        state.past = past
+        if length != 1 or past != state.past + state.new:
+            # Not the token after the last one: what was made for those steps may not fit.
+            state.of_decode.clear()
+        state.past, state.new = past, length
+        state.of_forward.clear()
         state.preallocated = isinstance(cache, Cache) and cache.is_compileable
         state.calls.clear()
         self.in_flight.current = state
@@ -178,5 +235,5 @@ def _valid_tokens(mask: Any, batch: int, length: int, device: torch.device) -> T
     else:
         return None
     if seen.shape[1] < length:
-        seen = torch.nn.functional.pad(seen, (0, length - seen.shape[1]))
+        seen = functional.pad(seen, (0, length - seen.shape[1]))
     return seen[:, :length]

@@ -27,6 +27,7 @@ class Ablate(Edit):
     scope: ClassVar[Scope] = "per-token"
     head_indexed: ClassVar[bool] = True
     needs_lengths: ClassVar[bool] = False
+    fixed_in_decode: ClassVar[bool] = True
 
     heads: Heads = Field(min_length=1, description="query heads to silence: pairs (layer, head) or {layer: [heads]}")
 

@@ -47,6 +47,7 @@ class ACT(Edit):
     scope: ClassVar[Scope] = "whole-matrix"
     head_indexed: ClassVar[bool] = True
     keeps_state: ClassVar[bool] = True
+    fixed_in_decode: ClassVar[bool] = True
 
     beta: float = Field(default=0.4, ge=0.0, le=1.0, description="factor kept on a sink's weight; 1: identity")
     alpha: float = Field(default=5.0, gt=0.0, description="paper: a sink's column mean exceeds alpha / N")

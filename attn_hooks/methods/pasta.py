@@ -49,6 +49,7 @@ class PASTA(Edit):
     scope: ClassVar[Scope] = "per-row"
     head_indexed: ClassVar[bool] = True
     keeps_state: ClassVar[bool] = True
+    fixed_in_decode: ClassVar[bool] = True
 
     spans: Literal["image"] | Annotated[tuple[tuple[Span, ...], ...], Field(min_length=1)] = Field(
         description="for each prompt its (start, stop) pairs; one list serves all prompts; or 'image'"
@@ -75,10 +76,13 @@ class PASTA(Edit):
             raise error("no-prefill", method=self.method, layer=call.layer, model=call.model)
         in_prompt = call.inputs.key_index[None, :] < prompt_length
         highlighted = self._highlighted(call)
-        sign = -1.0 if self.mode == "include" else 1.0
-        keys = in_prompt & (torch.ones_like(highlighted) if self.mode == "generation" else ~highlighted)
-        bias = sign * math.log(self.alpha)
-        return [LogitMap(call.keys_at(keys), bias=bias, heads=call.select_heads(self.heads))]
+        bias = math.log(self.alpha) * (-1.0 if self.mode == "include" else 1.0)
+        kept = torch.zeros_like(highlighted) if self.mode == "generation" else highlighted
+        if call.layout.length <= prompt_length and call.inputs.sink_logits is None:
+            # All keys are the prompt's, and softmax does not see a constant on all logits: the few keys that are kept
+            # get the opposite instead.
+            return [LogitMap(call.keys_at(kept), bias=-bias, heads=call.select_heads(self.heads))]
+        return [LogitMap(call.keys_at(in_prompt & ~kept), bias=bias, heads=call.select_heads(self.heads))]
 
     def _highlighted(self, call: AttentionCall) -> Tensor:
         """Bool ``(B, M)``: keys inside the spans of their prompt."""

@@ -30,6 +30,7 @@ class SinkScale(Edit):
     writes: ClassVar[Writes] = "logits"
     scope: ClassVar[Scope] = "per-row"
     head_indexed: ClassVar[bool] = True
+    fixed_in_decode: ClassVar[bool] = True
 
     scale: float = Field(default=0.5, ge=0.0, description="factor on the sink's weight; 1: identity")
     sinks: Positive = Field(default=1, description="number of first tokens that form the sink")

@@ -30,6 +30,7 @@ class Streaming(Edit):
     writes: ClassVar[Writes] = "visibility"
     scope: ClassVar[Scope] = "per-row"
     head_indexed: ClassVar[bool] = True
+    fixed_in_decode: ClassVar[bool] = True
 
     sinks: NonNegative = Field(default=4, description="first tokens that every query sees")
     window: Positive = Field(default=1024, description="most recent tokens that a query sees, its own included")

@@ -5,16 +5,18 @@ one kind apply in list order.
 
 Shapes: B batch, H query heads, N queries, M keys, D head_dim of the value. A dimension written ``B|1`` may be 1 and is
 then broadcast. A key group is a bool tensor ``(B|1, H|1, M)``; a row scope is a bool tensor ``(B|1, N)``; a head
-selection is a bool tensor ``(H,)``. ``None`` means all.
+selection is a bool tensor ``(H,)``. ``None`` means all. A key group may be shorter than M: later keys are outside it, so
+that the groups of a prompt serve every decode step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
+from torch.nn import functional
 
 from attn_kernels.patterns import Pattern
 
@@ -131,3 +133,26 @@ class Tap:
 
 
 Primitive = LogitMap | Order | Sparsity | Regroup | HeadAffine | Tap
+
+
+def filled_to(edit: Primitive, num_keys: int) -> Primitive:
+    """The same primitive with every key group as long as the keys."""
+
+    def fill(group: Tensor | None) -> Tensor | None:
+        if group is None or group.shape[-1] == num_keys:
+            return group
+        return functional.pad(group, (0, num_keys - group.shape[-1]))
+
+    if isinstance(edit, LogitMap):
+        return replace(edit, keys=fill(edit.keys))
+    if isinstance(edit, Order):
+        allow, deny = (tuple((rows, fill(keys)) for rows, keys in pairs) for pairs in (edit.allow, edit.deny))
+        return replace(edit, allow=allow, deny=deny)
+    if isinstance(edit, Regroup):
+        gate = edit.gate
+        if gate is not None:
+            gate = replace(gate, of=fill(gate.of), share=fill(gate.share))
+        return replace(edit, source=fill(edit.source), target=fill(edit.target), gate=gate)
+    if isinstance(edit, Tap):
+        return replace(edit, keys=fill(edit.keys))
+    return edit

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from attn_kernels.inputs import AttentionInputs
-from attn_kernels.primitives import Gate, HeadAffine, LogitMap, Order, Primitive, Regroup, Sparsity, Tap
+from attn_kernels.primitives import Gate, HeadAffine, LogitMap, Order, Primitive, Regroup, Sparsity, Tap, filled_to
 
 # A block has at most so many rows, and at most 64 MiB of scores in float32.
 ROWS_PER_BLOCK = 128
@@ -57,6 +57,7 @@ def head_affine(output: Tensor, edits: Sequence[Primitive]) -> Tensor:
 def edited_weights(inputs: AttentionInputs, edits: Sequence[Primitive]) -> Tensor:
     """All weights ``(B, H, N, M)`` in the query's dtype, for a caller who asked for attention maps: needs N x M."""
     heads = torch.arange(inputs.num_heads, device=inputs.query.device)
+    edits = [filled_to(edit, inputs.num_keys) for edit in edits]
     block = _Block(_select_heads(inputs, heads), edits, heads, slice(0, inputs.num_queries))
     return _all_keys(block, block.weights(), inputs.num_keys).to(inputs.query.dtype)
 
@@ -68,6 +69,7 @@ def moved_mass(inputs: AttentionInputs, edits: Sequence[Primitive], heads: Tenso
     The average runs over the heads that the primitive selects and the real rows among the last 16; None where a
     primitive moves no weight (HeadAffine, Tap). 0 is no change, 1 is all of the mass.
     """
+    edits = [filled_to(edit, inputs.num_keys) for edit in edits]
     rows = slice(max(0, inputs.num_queries - MEASURED_ROWS), inputs.num_queries)
     heads = torch.arange(inputs.num_heads, device=inputs.query.device) if heads is None else heads
     inputs = _select_heads(inputs, heads)
@@ -103,6 +105,7 @@ def _run(inputs: AttentionInputs, edits: Sequence[Primitive], heads: Tensor | No
     if heads is None:
         heads = torch.arange(inputs.num_heads, device=inputs.query.device)
     batch, num_queries = inputs.query.shape[0], inputs.num_queries
+    edits = [filled_to(edit, inputs.num_keys) for edit in edits]
     # Once; every block reads the same keys.
     inputs = _select_heads(inputs, heads)
     per_row = max(1, batch * len(heads) * inputs.num_keys)

@@ -112,8 +112,8 @@ def run(
     ``lowered`` is ``lower(inputs, edits)`` from an earlier call with the same edits. ``vendor`` is plain attention's output
     and log-sum-exp on these inputs, if the caller has them; both may be overwritten. Taps are read on the PyTorch path.
     """
-    if path is None or path.name != "pytorch":
-        lowered, path = _plan(inputs, edits, lowered, path)
+    if path is None:
+        lowered, path = plan(inputs, edits, lowered)
     if lowered is None or path.name == "pytorch":
         output = blocked.edited_attention(inputs, [edit for edit in edits if not isinstance(edit, HeadAffine)])
         return blocked.head_affine(output, edits), path
@@ -136,11 +136,12 @@ def run(
     return output, path
 
 
-def _plan(
-    inputs: AttentionInputs, edits: Sequence[Primitive], lowered: LoweredEdits | None, path: Path | None
+def plan(
+    inputs: AttentionInputs, edits: Sequence[Primitive], lowered: LoweredEdits | None = None
 ) -> tuple[LoweredEdits | None, Path]:
+    """The lowered edits and the path of a call; no lowered edits where only the PyTorch path can do it."""
     if not inputs.query.is_cuda:
-        return None, Path("pytorch", "the Triton kernels need a GPU")
+        return None, Path("pytorch", "no GPU")
     if inputs.dropout > 0:
         return None, Path("pytorch", "dropout")
     if any(isinstance(edit, Tap) for edit in edits):
@@ -152,4 +153,4 @@ def _plan(
             lowered = lower(inputs, edits)
         except NotLowered as reason:
             return None, Path("pytorch", str(reason))
-    return lowered, path or choose(inputs, lowered)
+    return lowered, choose(inputs, lowered)

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from attn_kernels.inputs import AttentionInputs
-from attn_kernels.primitives import HeadAffine, LogitMap, Order, Primitive, Regroup, Sparsity
+from attn_kernels.primitives import HeadAffine, LogitMap, Order, Primitive, Regroup, Sparsity, filled_to
 
 
 def edited_attention_reference(inputs: AttentionInputs, edits: Sequence[Primitive]) -> tuple[Tensor, Tensor]:
     """Edited outputs ``(B, H, N, Dv)`` and weights ``(B, H, N, M)``, float64. A row that sees no key gives zeros."""
     batch, num_heads, num_queries, _ = inputs.query.shape
     query, key, value = inputs.query.double(), inputs.key.double(), inputs.value.double()
+    edits = [filled_to(edit, inputs.num_keys) for edit in edits]
     weights = torch.zeros(batch, num_heads, num_queries, inputs.num_keys, dtype=torch.float64)
     output = torch.zeros(batch, num_heads, num_queries, value.shape[-1], dtype=torch.float64)
     for b in range(batch):

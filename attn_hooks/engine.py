@@ -1,0 +1,95 @@
+"""Computes one edited call: chooses the path, runs it, and says which it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from attn_kernels import AttentionInputs, HeadAffine, Primitive, edited_attention, edited_weights, head_affine
+
+if TYPE_CHECKING:
+    from attn_kernels.edited_attention.dispatch import Path
+    from attn_kernels.edited_attention.lowering import LoweredEdits
+
+Plain = Callable[[], tuple[Tensor, Tensor | None]]
+"""The model's own backend on this call: output ``(B, N, H, Dv)`` and weights, if it returns any."""
+
+
+@dataclass
+class Prepared:
+    """What the edits of a layer answered to a call, and beside each primitive which edit it belongs to.
+
+    ``for_kernels`` is filled by the first call that runs on a GPU: the lowered edits and the path in each phase.
+    """
+
+    primitives: list[Primitive]
+    owners: list[int]
+    for_kernels: list[tuple[LoweredEdits | None, Path]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Output ``(B, H, N, Dv)``; weights if asked for; ``heads`` (h,) whose weights were edited, None for all of them."""
+
+    output: Tensor
+    weights: Tensor | None
+    path: str
+    why: str
+    edited_weights: bool
+    heads: Tensor | None
+
+
+def compute(inputs: AttentionInputs, prepared: Prepared, plain: Plain, wants_weights: bool) -> Result:
+    """The call under its edits. ``plain`` runs where no edit needs the weights, or only those of some heads."""
+    if wants_weights or not inputs.query.is_cuda:
+        why = "weights asked for" if wants_weights else "no GPU"
+        return _in_pytorch(inputs, prepared.primitives, plain, wants_weights, why)
+    # Imported here: machines without a GPU need no Triton.
+    from attn_kernels.edited_attention import dispatch
+
+    if not prepared.for_kernels:
+        prepared.for_kernels.append(dispatch.plan(inputs, prepared.primitives))
+    lowered, path = prepared.for_kernels[0]
+    if lowered is not None and torch.is_grad_enabled() and inputs.query.requires_grad:
+        return _in_pytorch(inputs, prepared.primitives, plain, wants_weights, "gradients")
+    if lowered is None:
+        return _in_pytorch(inputs, prepared.primitives, plain, wants_weights, path.why)
+    if not lowered.edits_weights and path.name != "decode":
+        output, weights = plain()
+        output = output.transpose(1, 2)
+        dispatch.head_affine_(output, lowered, lowered.heads)
+        return Result(output, weights, "backend + affine", path.why, False, lowered.heads)
+    output, _ = dispatch.run(inputs, prepared.primitives, lowered=lowered, path=path)
+    return Result(output, None, path.name, path.why, lowered.edits_weights, lowered.heads)
+
+
+def _in_pytorch(
+    inputs: AttentionInputs, primitives: Sequence[Primitive], plain: Plain, wants_weights: bool, why: str
+) -> Result:
+    weight_edits = [edit for edit in primitives if not isinstance(edit, HeadAffine)]
+    recomputed = _heads_recomputed(weight_edits, inputs)
+    weights = None
+    if len(recomputed) == inputs.num_heads:
+        output = edited_attention(inputs, weight_edits)
+    else:
+        output, weights = plain()
+        output = output.transpose(1, 2)
+        if len(recomputed):
+            output = output.index_copy(1, recomputed, edited_attention(inputs, weight_edits, recomputed))
+    if len(recomputed):
+        weights = edited_weights(inputs, weight_edits) if wants_weights else None
+    path = "pytorch" if len(recomputed) else "backend + affine"
+    return Result(head_affine(output, primitives), weights, path, why, len(recomputed) > 0, recomputed)
+
+
+def _heads_recomputed(edits: Sequence[Primitive], inputs: AttentionInputs) -> Tensor:
+    """``(h,)`` long: heads whose weights some primitive changes or reads; the rest stay on the model's backend."""
+    selected = torch.zeros(inputs.num_heads, dtype=torch.bool, device=inputs.query.device)
+    for edit in edits:
+        heads = getattr(edit, "heads", None)
+        selected |= True if heads is None else heads
+    return selected.nonzero().squeeze(-1)
