@@ -100,7 +100,10 @@ class LoweredEdits:
     @cached_property
     def listed(self) -> ListedKeys:
         """The keys that some edit touches, by what Regroup does with them."""
-        return list_keys(self)
+        # Imported here, since compact takes its types from this module.
+        from attn_kernels.edited_attention.compact import list_touched_keys
+
+        return list_touched_keys(self) if self.key_codes.is_cuda else list_keys(self)
 
 
 @dataclass(frozen=True)
