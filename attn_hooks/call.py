@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attn_hooks.layout import TokenLayout
-from attn_kernels import AttentionInputs, Primitive, Tap, read_taps
+from attn_kernels import AttentionInputs, Primitive, Tap, indices_of_heads, read_taps
 from attn_kernels.primitives import TapKind
 
 Phase = Literal["prefill", "chunk", "decode"]
@@ -25,7 +25,8 @@ class AttentionCall:
     ``heads`` are the global indices of the query heads present, which under tensor parallelism are this rank's.
     ``state`` is the method's own memory of this sequence in this layer; it lives as long as the cache.
     ``earlier`` holds the primitives of methods that act before this one; taps see their effect. ``selections`` are the
-    layer's head selections so far: the same heads are the same tensor in every call.
+    layer's head selections so far: the same heads are the same tensor in every call. ``vendor`` keeps plain attention's
+    output and log-sum-exp, if a tap needed them, for the engine.
     """
 
     inputs: AttentionInputs
@@ -42,6 +43,7 @@ class AttentionCall:
     earlier: list[Primitive] = field(default_factory=list)
     key_start: int = 0
     selections: dict[Any, Tensor] = field(default_factory=dict)
+    vendor: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @property
     def batch(self) -> int:
@@ -70,10 +72,17 @@ class AttentionCall:
 
         See ``attn_kernels.Tap`` for the kinds and shapes. Costs one more pass over the scores of the heads asked for.
         """
+        selected = None if heads is None else indices_of_heads(heads)
+        rows = self.inputs.query_valid if self.inputs.padded else None
+        if self.device.type == "cuda" and kind in ("column_sum", "column_mean"):
+            from attn_kernels.edited_attention import dispatch
+
+            found = dispatch.columns(self.inputs, self.earlier, selected, rows, kind == "column_mean", self.vendor)
+            if found is not None:
+                return found
         results: list[Tensor] = []
         tap = Tap(kind, results.append, keys=keys, rows=self.inputs.query_valid)
-        selected = None if heads is None else heads.nonzero().squeeze(-1)
-        read_taps(self.inputs, [*self.earlier, tap], selected)
+        read_taps(self.inputs, [*self.earlier, tap], None if selected is None else selected.long())
         return results[0]
 
     def on_this_calls_keys(self, group: Tensor) -> Tensor:

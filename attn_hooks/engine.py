@@ -23,12 +23,14 @@ Plain = Callable[[], tuple[Tensor, Tensor | None]]
 class Prepared:
     """What the edits of a layer answered to a call, and beside each primitive which edit it belongs to.
 
-    ``for_kernels`` is filled by the first call that runs on a GPU: the lowered edits and the path in each phase.
+    ``for_kernels`` is filled by the first call that runs on a GPU: the lowered edits and the path. ``vendor`` holds plain
+    attention's output and log-sum-exp of this call, if a method's tap has computed them.
     """
 
     primitives: list[Primitive]
     owners: list[int]
     for_kernels: list[tuple[LoweredEdits | None, Path]] = field(default_factory=list)
+    vendor: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ def compute(inputs: AttentionInputs, prepared: Prepared, plain: Plain, wants_wei
         output = output.transpose(1, 2)
         dispatch.head_affine_(output, lowered, lowered.heads)
         return Result(output, weights, "backend + affine", path.why, False, lowered.heads)
-    output, _ = dispatch.run(inputs, prepared.primitives, lowered=lowered, path=path)
+    vendor = prepared.vendor.pop() if prepared.vendor else None
+    output, _ = dispatch.run(inputs, prepared.primitives, lowered=lowered, vendor=vendor, path=path)
     return Result(output, None, path.name, path.why, lowered.edits_weights, lowered.heads)
 
 

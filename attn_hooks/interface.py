@@ -26,7 +26,7 @@ from attn_hooks.recorder import Recorder
 from attn_hooks.selected_keys import selected_keys_mask
 from attn_hooks.sequence import SequenceState, SequenceTracker, SharedByLayers, share
 from attn_hooks.tensor_parallel import local_heads
-from attn_kernels import AttentionInputs, Primitive, Tap, moved_mass
+from attn_kernels import AttentionInputs, Tap, moved_mass
 
 PLAN_ATTRIBUTE = "attn_hooks_plan"
 
@@ -138,7 +138,7 @@ def _prepare(
     known: Prepared | None = sequence.of_decode.get(place) if may_be_known else None
     if known is not None:
         return known
-    prepared = Prepared(*_collect(plan, inputs, sequence, shared, heads, phase))
+    prepared = _collect(plan, inputs, sequence, shared, heads, phase)
     if may_be_known and all(edit.fixed_in_decode for _, edit in plan.edits):
         sequence.of_decode[place] = prepared
     return prepared
@@ -179,10 +179,9 @@ def _collect(
     shared: SharedByLayers,
     heads: range,
     phase: Phase,
-) -> tuple[list[Primitive], list[int]]:
-    """The primitives of all edits of the layer and, beside each, which edit it belongs to."""
-    primitives: list[Primitive] = []
-    owners: list[int] = []
+) -> Prepared:
+    """The primitives of all edits of the layer."""
+    prepared = Prepared([], [])
     for position, edit in sorted(plan.edits, key=lambda pair: STAGES.index(pair[1].writes)):
         call = AttentionCall(
             inputs=inputs,
@@ -197,13 +196,14 @@ def _collect(
             key_start=shared.key_start,
             prompt_length=sequence.prompt_length,
             state=sequence.state_of((plan.key, position, plan.layer.index)),
-            earlier=list(primitives),
+            earlier=list(prepared.primitives),
             selections=plan.selections,
+            vendor=prepared.vendor,
         )
         answered = edit.primitives(call)
-        primitives.extend(answered)
-        owners.extend([position] * len(answered))
-    return primitives, owners
+        prepared.primitives.extend(answered)
+        prepared.owners.extend([position] * len(answered))
+    return prepared
 
 
 def _read_call(

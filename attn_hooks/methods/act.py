@@ -34,7 +34,7 @@ from attn_hooks.call import AttentionCall
 from attn_hooks.edit import Edit, Heads, Layers, Reads, Scope, Writes
 from attn_hooks.errors import error
 from attn_hooks.model_info import ModelInfo
-from attn_kernels import Primitive, Regroup
+from attn_kernels import Primitive, Regroup, indices_of_heads
 
 
 class ACT(Edit):
@@ -97,5 +97,4 @@ class ACT(Edit):
         if heads is None:
             return found
         sinks = torch.zeros(*found.shape[:1], len(call.heads), found.shape[2], dtype=torch.bool, device=call.device)
-        sinks[:, heads] = found
-        return sinks
+        return sinks.index_copy(1, indices_of_heads(heads).long(), found)

@@ -211,6 +211,8 @@ def column_pass(
     num_keys = key.shape[2]
     num_chosen = num_heads if heads is None else len(heads)
     totals = torch.zeros(1 + mean, batch, num_chosen, num_keys, dtype=torch.float32, device=query.device)
+    if num_chosen == 0:
+        return totals[0]
     given = inputs.mask if inputs.mask is not None else inputs.bias
     if given is not None:
         given = given.expand(batch, num_heads, -1, -1)

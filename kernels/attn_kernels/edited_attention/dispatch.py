@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attn_kernels.edited_attention import blocked
+from attn_kernels.edited_attention.column_pass import column_pass
 from attn_kernels.edited_attention.decode import edited_decode
 from attn_kernels.edited_attention.edited_flash import config_of, edited_flash
 from attn_kernels.edited_attention.epilogue import MOST_KEYS, epilogue_
@@ -123,7 +124,7 @@ def run(
     if path.name == "edited flash" and (heads is None or vendor_refusal(inputs) is not None):
         return edited_flash(inputs, lowered)[0], path
     output, log_sum_exp = vendor_attention(inputs) if vendor is None else vendor
-    if path.name == "vendor":
+    if path.name == "vendor" or (heads is not None and len(heads) == 0):
         return output, path
     if path.name == "vendor + affine":
         head_affine_(output, lowered, heads)
@@ -134,6 +135,32 @@ def run(
     else:
         edited_flash(inputs, lowered, heads, output, only_touched_rows=path.name == "vendor + edited rows")
     return output, path
+
+
+def columns(
+    inputs: AttentionInputs,
+    edits: Sequence[Primitive],
+    heads: Tensor | None,
+    rows: Tensor | None,
+    mean: bool,
+    vendor: list[tuple[Tensor, Tensor]],
+) -> Tensor | None:
+    """Column sums or means ``(B, h, M)`` under ``edits`` without a Regroup (see ``column_pass``); None where it cannot.
+
+    If the vendor's attention gives the log-sum-exp, its result is left in ``vendor``, or taken from there.
+    """
+    try:
+        lowered = lower(inputs, edits)
+        if not lowered.edits_weights and vendor_refusal(inputs) is None:
+            if not vendor:
+                vendor.append(vendor_attention(inputs))
+            log_sum_exp: Tensor | None = vendor[0][1]
+        else:
+            _, log_sum_exp = edited_flash(inputs, lowered, with_log_sum_exp=True)
+        assert log_sum_exp is not None
+        return column_pass(inputs, log_sum_exp, heads, lowered, rows, mean)
+    except NotLowered:
+        return None
 
 
 def plan(

@@ -289,12 +289,14 @@ def _selected_heads(edits: Sequence[Primitive]) -> Tensor | None:
         if heads is None:
             return None
         selected = heads if selected is None else selected | heads
-    if selected is None:
-        return None
-    # A model's edits name the same heads in every call; looking them up waits for the device.
-    if selected not in _indices_of_heads:
-        _indices_of_heads[selected] = selected.nonzero().squeeze(-1).to(torch.int32)
-    return _indices_of_heads[selected]
+    return None if selected is None else indices_of_heads(selected)
+
+
+def indices_of_heads(heads: Tensor) -> Tensor:
+    """``(h,)`` int32 from a head selection ``(H,)``. Waits for the device the first time that it sees a tensor."""
+    if heads not in _indices_of_heads:
+        _indices_of_heads[heads] = heads.nonzero().squeeze(-1).to(torch.int32)
+    return _indices_of_heads[heads]
 
 
 _indices_of_heads: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
