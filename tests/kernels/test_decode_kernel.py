@@ -365,3 +365,19 @@ def test_splits_are_at_least_one_and_at_most_the_tiles(programs: int, tiles: int
     splits = number_of_splits(programs, tiles, 132)
     assert 1 <= splits <= max(1, tiles)
     assert set(CONFIGS) == {64, 128, 256}
+
+
+def test_captured_calls_share_no_counter_until_all_are_taken() -> None:
+    counters = decode._Counters(torch.device("cpu"))
+    first, second = counters.captured(6), counters.captured(6)
+    assert first.data_ptr() + 8 * 4 == second.data_ptr()
+    assert counters.captured(decode.COUNTERS_FOR_GRAPHS).data_ptr() == first.data_ptr()
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_queries_that_see_the_future(splits: int) -> None:
+    inputs = replace(long_call(40, num_queries=3), causal=False, first_query=10, query_index=torch.arange(10, 13))
+    edits: list[Primitive] = [Regroup(group(40, 30), 0.5)]
+    inputs, edits = on_device((inputs, edits))
+    output = edited_decode(inputs, lower(inputs, edits), splits=splits, config=SMALL)
+    assert_equal(output, reference(inputs, edits)[0], 1e-4)
