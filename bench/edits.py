@@ -49,6 +49,7 @@ from attn_kernels import (
     head_affine,
     read_taps,
 )
+from attn_kernels.edited_attention import column_pass, dispatch
 from bench.render import edits_summary
 from bench.shapes import (
     MIB,
@@ -352,7 +353,7 @@ class Ours:
     def run(self, inputs: AttentionInputs) -> tuple[Tensor, Any, list[Primitive]]:
         if self.detects:
             return self.run_act(inputs)
-        output, path = _dispatch()(inputs, self.edits, lowered=self.lowered)
+        output, path = dispatch.run(inputs, self.edits, lowered=self.lowered)
         return output, path, self.edits
 
     def run_act(self, inputs: AttentionInputs) -> tuple[Tensor, Any, list[Primitive]]:
@@ -363,7 +364,7 @@ class Ours:
         source = found.new_zeros(inputs.query.shape[0], inputs.num_heads, inputs.num_keys)
         source[:, self.head_index] = found
         edits: list[Primitive] = [Regroup(source, keep=0.4, heads=self.head_mask)]
-        output, path = _dispatch()(inputs, edits, vendor=vendor)
+        output, path = dispatch.run(inputs, edits, vendor=vendor)
         return output, path, edits
 
     def _column_means(self, inputs: AttentionInputs) -> tuple[tuple[Tensor, Tensor] | None, Tensor]:
@@ -372,26 +373,12 @@ class Ours:
             received: list[Tensor] = []
             read_taps(inputs, [Tap("column_mean", received.append, heads=self.head_mask)])
             return None, received[0]
-        from attn_kernels.edited_attention import column_pass, dispatch
 
         output, log_sum_exp = dispatch.vendor_attention(inputs)
         means = column_pass.column_pass(inputs, log_sum_exp, heads=self.head_index, mean=True)
         if means.shape[1] != len(self.heads):
             means = means[:, self.head_index]
         return (output, log_sum_exp), means
-
-
-@functools.cache
-def _dispatch() -> Callable[..., tuple[Tensor, Any]]:
-    try:
-        from attn_kernels.edited_attention import dispatch
-    except ImportError:
-        # Until every kernel that it names is there.
-        return lambda inputs, edits, lowered=None, vendor=None: (
-            head_affine(edited_attention(inputs, [e for e in edits if not isinstance(e, HeadAffine)]), edits),
-            "pytorch",
-        )
-    return dispatch.run
 
 
 def sdpa(inputs: AttentionInputs) -> Tensor:
