@@ -84,3 +84,25 @@ def test_a_source_that_holds_nearly_all_mass_costs_no_digits(mass: float) -> Non
     expected, _ = edited_attention_reference(*on_device((inputs, edits), "cpu"))
     output, _ = edited_flash(inputs, lower(inputs, edits), config=SMALL)
     torch.testing.assert_close(output.double().cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("target_is_span", [True, False])
+def test_tiles_touched_in_full_are_left_out_of_the_plain_loop(target_is_span: bool) -> None:
+    """A span over several tiles of 64 keys, beginning and ending inside one."""
+    generator = torch.Generator().manual_seed(2)
+    size = 270
+    query, key, value = (torch.randn(1, 1, size, 16, generator=generator) for _ in range(3))
+    index = torch.arange(size)
+    inputs = AttentionInputs(
+        query, key, value, 0.25, index, index, index[None], index[None], torch.ones(1, size, dtype=torch.bool)
+    )
+    span = ((index >= 60) & (index < 200))[None, None]
+    sinks = ((index == 0) | (index == 100) | (index == 230))[None, None]
+    edits: list[Primitive] = [LogitMap(span, absolute=0.5)]
+    if target_is_span:
+        edits = [Regroup(sinks, keep=0.3, target=span & ~sinks)]
+    inputs, edits = on_device((inputs, edits))
+    assert lower(inputs, edits).untouched(size, 64).leaves_out
+    expected, _ = edited_attention_reference(*on_device((inputs, edits), "cpu"))
+    output, _ = edited_flash(inputs, lower(inputs, edits), config=SMALL)
+    torch.testing.assert_close(output.double().cpu(), expected, rtol=1e-4, atol=1e-4)

@@ -44,7 +44,7 @@ from attn_kernels.edited_attention.tiles import NO_BIT as NO_BIT_IN_KERNEL
 from attn_kernels.inputs import AttentionInputs
 
 # Rows of a call at most: queries times the query heads that share a key and value head.
-MOST_ROWS = 64
+MOST_ROWS = 1024
 # Rows of one program at most, classes counted; beyond it, more programs share a head.
 ROWS_OF_PROGRAM = 64
 # Keys of a tile, warps and pipeline stages, by the larger padded head size, for 16-bit and for 32-bit inputs.
@@ -656,7 +656,7 @@ def edited_decode(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Output ``(B, H, N, Dv)`` in the value's dtype; on request also the log-sum-exp ``(B, H, N)`` float32, natural.
 
-    For few queries: N times the query heads of a kv head must not exceed 64, else raises ``NotLowered``. All primitives
+    For few queries: N times the query heads of a kv head must not exceed ``MOST_ROWS``, else raises ``NotLowered``. All primitives
     but Sparsity; dropout is not applied. The log-sum-exp is that of the edited logits, the sink logit included.
 
     With ``page_table`` ``(B, pages)`` int32 and ``lengths`` ``(B,)`` int32, the inputs' key and value are pages

@@ -7,7 +7,7 @@ one count of the touched keys where one list serves all heads, once for each low
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -24,14 +24,13 @@ from attn_kernels.inputs import AttentionInputs
 from attn_kernels.primitives import HeadAffine, Primitive, Tap
 
 PathName = Literal[
-    "vendor", "vendor + affine", "vendor + epilogue", "vendor + edited rows", "edited flash", "decode", "pytorch"
+    "vendor", "vendor + affine", "vendor + epilogue", "vendor + last rows", "edited flash", "decode", "pytorch"
 ]
 
-# Rows of a decode call: queries times the query heads that share a key and value head.
+# A call of so few queries goes to the decode kernel.
 DECODE_QUERIES = 16
-DECODE_ROWS = 64
-# Computing some rows again pays off while they are few.
-EDITED_ROWS_SHARE = 0.25
+# The last rows of a prompt go there, too, while they are so few: queries times the query heads of a kv head.
+LAST_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,7 @@ def vendor_refusal(inputs: AttentionInputs) -> str | None:
 
 def choose(inputs: AttentionInputs, lowered: LoweredEdits) -> Path:
     """The path of a call on a GPU whose edits could be lowered."""
-    group = inputs.num_heads // inputs.key.shape[1]
-    if inputs.num_queries <= DECODE_QUERIES and inputs.num_queries * group <= DECODE_ROWS:
+    if inputs.num_queries <= DECODE_QUERIES:
         return Path("decode", "few queries")
     refusal = vendor_refusal(inputs)
     if not lowered.edits_weights:
@@ -95,9 +93,15 @@ def choose(inputs: AttentionInputs, lowered: LoweredEdits) -> Path:
     listed = lowered.listed.at_most
     if listed <= MOST_KEYS:
         return Path("vendor + epilogue", f"{listed} touched keys")
-    if lowered.rows_share <= EDITED_ROWS_SHARE:
-        return Path("vendor + edited rows", f"{lowered.rows_share:.0%} of the row tiles touched")
+    if lowered.scoped_rows and _few_keys(lowered.unscoped):
+        last_rows = inputs.num_queries - lowered.first_scoped_row
+        if last_rows * inputs.num_heads // inputs.key.shape[1] <= LAST_ROWS:
+            return Path("vendor + last rows", f"{listed} touched keys in the last {last_rows} rows")
     return Path("edited flash", f"{listed} touched keys of {inputs.num_keys}")
+
+
+def _few_keys(lowered: LoweredEdits | None) -> bool:
+    return lowered is None or not lowered.edits_weights or lowered.listed.at_most <= MOST_KEYS
 
 
 def run(
@@ -129,12 +133,40 @@ def run(
     if path.name == "vendor + affine":
         head_affine_(output, lowered, heads)
     elif path.name == "vendor + epilogue":
-        rows = config_of(inputs.query.dtype, inputs.query.shape[-1])[0]
-        flags = epilogue_(inputs, lowered, output, log_sum_exp, rows, heads)
-        edited_flash(inputs, lowered, heads, output, flags)
+        _epilogue(inputs, lowered, output, log_sum_exp)
+    elif path.name == "vendor + last rows":
+        if lowered.unscoped is not None:
+            if lowered.unscoped.edits_weights:
+                _epilogue(inputs, lowered.unscoped, output, log_sum_exp)
+            else:
+                head_affine_(output, lowered.unscoped, lowered.unscoped.heads)
+        first = lowered.first_scoped_row
+        last = edited_decode(_from_row(inputs, first), lowered.of_last_rows)
+        assert isinstance(last, Tensor)
+        if heads is None:
+            output[:, :, first:] = last
+        else:
+            output[:, :, first:].index_copy_(1, heads.long(), last[:, heads.long()])
     else:
-        edited_flash(inputs, lowered, heads, output, only_touched_rows=path.name == "vendor + edited rows")
+        edited_flash(inputs, lowered, heads, output)
     return output, path
+
+
+def _epilogue(inputs: AttentionInputs, lowered: LoweredEdits, output: Tensor, log_sum_exp: Tensor) -> None:
+    rows = config_of(inputs.query.dtype, inputs.query.shape[-1])[0]
+    flags = epilogue_(inputs, lowered, output, log_sum_exp, rows, lowered.heads)
+    edited_flash(inputs, lowered, lowered.heads, output, flags)
+
+
+def _from_row(inputs: AttentionInputs, first: int) -> AttentionInputs:
+    """The same call without the queries before ``first``; for calls that the vendor takes."""
+    return replace(
+        inputs,
+        query=inputs.query[:, :, first:],
+        query_index=inputs.query_index[first:],
+        query_position=inputs.query_position[:, first:],
+        first_query=inputs.query_offset + first,
+    )
 
 
 def columns(

@@ -310,10 +310,8 @@ def _edited_flash(
     flags_b,
     flags_h,
     num_flags,
-    untouched_tiles,
-    tiles_b,
-    untouched_counts,
-    tile_counts_b,
+    skips,
+    skips_b,
     untouched_bias,
     bias_b,
     map_coefficients,
@@ -335,7 +333,7 @@ def _edited_flash(
     HAS_ORDER_HEADS: tl.constexpr,
     HAS_ROW_CODES: tl.constexpr,
     HAS_CODES: tl.constexpr,
-    HAS_TILE_LIST: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NUM_MAPS: tl.constexpr,
     MAP_KEYS: tl.constexpr,
@@ -421,15 +419,17 @@ def _edited_flash(
     scale_later = 1.0 if HAS_SOFTCAP else to_log2
     in_key_tile = in_m * k_m
     in_value_tile = in_m * v_m
+    # Tiles that an edit touches in full, if they lie together, are left out: the lists have their keys.
     num_tiles = inner_stop // BLOCK_M
-    if HAS_TILE_LIST:
-        tile_list = untouched_tiles + batch * tiles_b
-        num_tiles = listed_before(tile_list, tl.load(untouched_counts + batch * tile_counts_b), num_tiles, 0)
-    for place in tl.range(start // BLOCK_M, num_tiles, num_stages=STAGES):
-        if HAS_TILE_LIST:
-            first = tl.load(tile_list + place) * BLOCK_M
-        else:
-            first = place * BLOCK_M
+    left_out = num_tiles
+    width = 0
+    if HAS_SKIP:
+        left_out = tl.load(skips + batch * skips_b)
+        width = tl.maximum(0, tl.minimum(tl.load(skips + batch * skips_b + 1), num_tiles) - left_out)
+    for place in tl.range(start // BLOCK_M, num_tiles - width, num_stages=STAGES):
+        first = place * BLOCK_M
+        if HAS_SKIP:
+            first += tl.where(place >= left_out, width * BLOCK_M, 0)
         key_tile = load_whole_tile(key_base + first * k_m.to(tl.int64), in_key_tile, in_d, D, BLOCK_D, True)
         logits = capped(scores(query_tile, key_tile, scale_now, PRECISION), softcap, HAS_SOFTCAP)
         if HAS_CODES:
@@ -739,7 +739,7 @@ def edited_flash(
     heads: Tensor | None = None,
     output: Tensor | None = None,
     row_tiles: Tensor | None = None,
-    only_touched_rows: bool = False,
+    only_scoped_rows: bool = False,
     with_log_sum_exp: bool = False,
     config: tuple[int, int, int, int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -747,7 +747,7 @@ def edited_flash(
 
     ``heads`` (h,) int32 restricts the work to some heads; the others' output is left as ``output`` has it. ``row_tiles``
     ``(B, H, tiles)`` int32 restricts it to the row tiles that are not 0 (``config_of`` says how many rows one has), and
-    ``only_touched_rows`` to the row tiles in which an edit's row scope holds.
+    ``only_scoped_rows`` to the row tiles in which an edit's row scope holds.
     Inputs need a contiguous last dimension. All primitives but Sparsity; dropout is not applied.
     """
     query, key, value = (_last_contiguous(tensor) for tensor in (inputs.query, inputs.key, inputs.value))
@@ -764,7 +764,7 @@ def edited_flash(
     listed = lowered.listed if lowered.key_codes.shape[-1] and lowered.edits_weights else None
     tiles = None
     if listed is not None and lowered.key_codes.shape[1] == 1 and given is None and inputs.window is None:
-        tiles = lowered.untouched_tiles(num_keys, block_m)
+        tiles = lowered.untouched(num_keys, block_m)
     codes, rows, regroup = lowered.key_codes, lowered.row_codes, lowered.regroup
     sinks = None if inputs.sink_logits is None else inputs.sink_logits.expand(batch, num_heads, num_queries)
     values = lowered.order_values
@@ -813,10 +813,8 @@ def edited_flash(
         None if listed is None else listed.tile_flags,
         *((0, 0) if listed is None else _strides(listed.tile_flags)),
         0 if listed is None else listed.tile_flags.shape[-1],
-        None if tiles is None else tiles.indices,
-        0 if tiles is None else _batch_stride(tiles.indices),
-        None if tiles is None else tiles.counts,
-        0 if tiles is None else _batch_stride(tiles.counts),
+        None if tiles is None else tiles.skips,
+        0 if tiles is None else _batch_stride(tiles.skips),
         None if tiles is None else tiles.bias,
         0 if tiles is None else _batch_stride(tiles.bias),
         lowered.map_coefficients,
@@ -838,7 +836,7 @@ def edited_flash(
         HAS_ORDER_HEADS=lowered.order_heads is not None,
         HAS_ROW_CODES=rows is not None,
         HAS_CODES=listed is not None,
-        HAS_TILE_LIST=tiles is not None and tiles.leaves_out,
+        HAS_SKIP=tiles is not None and tiles.leaves_out,
         HAS_BIAS=tiles is not None,
         NUM_MAPS=lowered.num_maps,
         MAP_KEYS=lowered.map_keys,
@@ -857,7 +855,7 @@ def edited_flash(
         AFFINE_ROW=lowered.affine_row,
         HAS_HEADS=heads is not None,
         ONLY_FLAGGED=row_tiles is not None,
-        ROW_FILTER=(lowered.touched_rows or 0) if only_touched_rows else 0,
+        ROW_FILTER=lowered.scoped_rows if only_scoped_rows else 0,
         WRITE_LSE=with_log_sum_exp,
         D=head_dim,
         DV=value_dim,

@@ -7,7 +7,7 @@ identity of the tensor). A key whose byte is 0 is touched by no edit, so the ker
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -52,7 +52,8 @@ class LoweredEdits:
     gain: Tensor | None  # (b, H) float32
     offset: Tensor | None  # (b, H, Dv) float32
     affine_row: int
-    heads: Tensor | None  # (h,) int32: the heads that some edit selects; None: all, or not known on the host
+    heads: Tensor | None  # (h,) int32: the heads that some edit selects; None: all
+    unscoped: LoweredEdits | None  # the edits without a row scope alone, where others have one
 
     @property
     def edits_weights(self) -> bool:
@@ -63,38 +64,47 @@ class LoweredEdits:
         return bool(self.num_maps or self.num_pairs)
 
     @property
-    def edited_rows(self) -> int | None:
-        """Bits of the row scopes if every edit of the weights has one; None if some edit acts on all rows."""
+    def scoped_rows(self) -> int:
+        """Bits of all row scopes among the edits."""
+        return sum(1 << bit for bit in set(self._row_bits) if bit != NO_BIT)
+
+    @property
+    def touched_rows(self) -> int | None:
+        """Bits of which a row needs one to be touched at all; None if some edit acts on every row."""
+        return None if NO_BIT in self._row_bits or self.order_values is not None else self.scoped_rows
+
+    @property
+    def _row_bits(self) -> list[int]:
         bits = [self.map_rows >> (4 * term) & 15 for term in range(self.num_maps)]
         bits += [self.pair_rows >> (4 * pair) & 15 for pair in range(self.num_pairs)]
         if self.regroup is not None:
             bits.append(self.regroup.row)
-        return None if NO_BIT in bits or self.order_values is not None else sum(1 << bit for bit in set(bits))
-
-    @property
-    def touched_rows(self) -> int | None:
-        """As ``edited_rows``, with the rows of HeadAffine."""
-        rows = self.edited_rows
-        if rows is None or self.gain is None:
-            return rows
-        return None if self.affine_row == NO_BIT else rows | 1 << self.affine_row
+        if self.gain is not None:
+            bits.append(self.affine_row)
+        return bits
 
     @cached_property
-    def rows_share(self) -> float:
-        """The share of tiles of 64 rows in which some row is touched. Waits for the device."""
-        if self.touched_rows is None or self.row_codes is None:
-            return 1.0
-        touched = functional.pad(self.row_codes & self.touched_rows, (0, -self.row_codes.shape[-1] % TILE))
-        return float(touched.unflatten(-1, (-1, TILE)).any(-1).float().mean())
+    def first_scoped_row(self) -> int:
+        """The first row in any scope. Waits for the device."""
+        if self.row_codes is None:
+            return 0
+        scoped = (self.row_codes & self.scoped_rows != 0).any(0)
+        return int(torch.where(scoped, torch.arange(len(scoped), device=scoped.device), len(scoped)).min())
 
-    def untouched_tiles(self, num_keys: int, size: int) -> UntouchedTiles:
-        """The tiles of ``size`` keys that hold any untouched key; made once for each size."""
+    @cached_property
+    def of_last_rows(self) -> LoweredEdits:
+        """The same edits for the queries from ``first_scoped_row`` on."""
+        rows = None if self.row_codes is None else self.row_codes[:, self.first_scoped_row :].contiguous()
+        return replace(self, row_codes=rows)
+
+    def untouched(self, num_keys: int, size: int) -> UntouchedKeys:
+        """The untouched keys by tiles of ``size``; made once for each size."""
         if size not in self._untouched or self._untouched[size].num_keys != num_keys:
-            self._untouched[size] = list_untouched_tiles(self.key_codes, num_keys, size)
+            self._untouched[size] = find_untouched(self.key_codes, num_keys, size)
         return self._untouched[size]
 
     @cached_property
-    def _untouched(self) -> dict[int, UntouchedTiles]:
+    def _untouched(self) -> dict[int, UntouchedKeys]:
         return {}
 
     @cached_property
@@ -133,18 +143,17 @@ class ListedKeys:
 
 
 @dataclass(frozen=True)
-class UntouchedTiles:
-    """Tiles of keys that the plain loop visits, for codes that all heads share. Unlisted tiles are touched in full."""
+class UntouchedKeys:
+    """What the plain loop visits, for codes that all heads share."""
 
     num_keys: int
-    indices: Tensor  # (b, tiles) int32, ascending
-    counts: Tensor  # (b, 1) int32
+    skips: Tensor  # (b, 2) int32: first and one past the last tile of the longest run of tiles that are touched in full
     bias: Tensor  # (b, keys up to a whole tile) float32: 0 for an untouched key, minus infinity for a touched one
 
     @cached_property
     def leaves_out(self) -> bool:
-        """Whether any tile is touched in full. Waits for the device."""
-        return bool((self.counts < self.indices.shape[-1]).any())
+        """Whether any tile is left out. Waits for the device."""
+        return bool((self.skips[:, 1] > self.skips[:, 0]).any())
 
 
 class _Bits:
@@ -183,6 +192,7 @@ def lower(inputs: AttentionInputs, edits: Sequence[Primitive]) -> LoweredEdits:
     """The primitives of a call for the kernels. Raises ``NotLowered`` for what only the PyTorch path can do."""
     num_heads, device = inputs.num_heads, inputs.query.device
     keys, rows = _Bits("key groups"), _Bits("row scopes")
+    everywhere = [edit for edit in edits if not _is_scoped(edit)]
     maps = [edit for edit in edits if isinstance(edit, LogitMap)]
     orders = [edit for edit in edits if isinstance(edit, Order)]
     regroups = [edit for edit in edits if isinstance(edit, Regroup)]
@@ -253,6 +263,7 @@ def lower(inputs: AttentionInputs, edits: Sequence[Primitive]) -> LoweredEdits:
         offset=offset,
         affine_row=affine_row,
         heads=_selected_heads(edits),
+        unscoped=lower(inputs, everywhere) if 0 < len(everywhere) < len(edits) else None,
     )
 
 
@@ -315,13 +326,22 @@ def _heads_of(edit: Primitive) -> Tensor | None:
     return touched
 
 
-def list_untouched_tiles(key_codes: Tensor, num_keys: int, size: int) -> UntouchedTiles:
-    """From codes ``(b, 1, m)``."""
+def find_untouched(key_codes: Tensor, num_keys: int, size: int) -> UntouchedKeys:
+    """From codes ``(b, 1, m)``, for tiles of ``size`` keys."""
     touched = functional.pad(key_codes[:, 0] != 0, (0, num_keys - key_codes.shape[-1] + -num_keys % size))
     bias = torch.where(touched, float("-inf"), 0.0)
-    visited = ~touched.unflatten(-1, (-1, size)).all(-1)
-    indices = torch.sort((~visited).to(torch.uint8), dim=-1, stable=True).indices.to(torch.int32)
-    return UntouchedTiles(num_keys, indices, visited.sum(-1, keepdim=True, dtype=torch.int32), bias)
+    full = touched.unflatten(-1, (-1, size)).all(-1)
+    # The length of the run of full tiles that ends at each tile: tiles so far, less those before the last break.
+    tiles = torch.arange(1, full.shape[-1] + 1, device=full.device).expand(full.shape)
+    length = tiles - torch.where(full, 0, tiles).cummax(-1).values
+    longest, last = length.max(-1)
+    skips = torch.stack([last + 1 - longest, last + 1], dim=-1).to(torch.int32)
+    return UntouchedKeys(num_keys, skips.contiguous(), bias)
+
+
+def _is_scoped(edit: Primitive) -> bool:
+    """Whether an edit names the rows on which it acts."""
+    return not isinstance(edit, Order | Sparsity) and edit.rows is not None
 
 
 def _nibbles(bits: Sequence[int]) -> int:
