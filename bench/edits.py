@@ -305,12 +305,13 @@ EDITS: dict[str, Callable[[AttentionInputs, Layout], list[Primitive]]] = {
     "mma": mma,
     "head-affine": affine,
     "three": three,
+    "three-suffix": three,
 }
 # Not in the table unless named by --only.
 FURTHER_EDITS = {"pasta-outside": pasta_outside}
-LATE_IMAGE, FLAT_IMAGE = {"var-suffix"}, {"act"}
+LATE_IMAGE, FLAT_IMAGE = {"var-suffix", "three-suffix"}, {"act"}
 # In decode these are the same as another method, or nothing.
-PREFILL_ONLY = {"var-suffix", "pai-all-rows", "mma"}
+PREFILL_ONLY = {"var-suffix", "three-suffix", "pai-all-rows", "mma"}
 
 
 # The columns

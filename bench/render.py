@@ -25,7 +25,7 @@ def goal_of(row: Row) -> float:
         return 1.00
     if row["method"] == "head-affine":
         return 1.02
-    if row["method"] == "var-suffix":
+    if row["method"].endswith("-suffix"):
         return 1.05
     return 1.10 if row["n_query"] >= 8192 else 1.15
 
