@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from attn_kernels import AttentionInputs
 from attn_kernels.edited_attention import compact
 from attn_kernels.edited_attention.compact import list_touched_keys
-from attn_kernels.edited_attention.lowering import NO_BIT, LoweredEdits, RegroupTerm, list_keys
+from attn_kernels.edited_attention.lowering import NO_BIT, LoweredEdits, RegroupTerm, list_keys, lower
 from tests.kernels.triton_device import on_device
 
 
 def lowered_codes(codes: Tensor, source: int = NO_BIT, target: int = NO_BIT) -> LoweredEdits:
     """Edits of these codes ``(b, h, m)``; a Regroup if there is a source."""
-    empty = torch.empty(0)
-    regroup = RegroupTerm(source, target, NO_BIT, NO_BIT, NO_BIT, empty) if source != NO_BIT else None
-    return LoweredEdits(
-        key_codes=codes,
-        row_codes=None,
-        num_maps=0,
-        map_keys=0,
-        map_rows=0,
-        map_coefficients=empty,
-        num_pairs=0,
-        pair_keys=0,
-        pair_rows=0,
-        pair_heads=empty,
-        order_values=None,
-        order_heads=None,
-        regroup=regroup,
-        gain=None,
-        offset=None,
-        affine_row=NO_BIT,
-        heads=None,
-    )
+    index, head = torch.arange(1), torch.zeros(1, 1, 1, 4)
+    inputs = AttentionInputs(head, head, head, 1.0, index, index, index[None], index[None], index[None] == 0)
+    regroup = None
+    if source != NO_BIT:
+        regroup = RegroupTerm(source, target, NO_BIT, NO_BIT, NO_BIT, torch.zeros(3, 1))
+    return replace(lower(inputs, []), key_codes=codes, regroup=regroup)
 
 
 def assert_same_lists(lowered: LoweredEdits) -> None:
