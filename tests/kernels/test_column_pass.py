@@ -15,6 +15,7 @@ from torch import Tensor
 from attn_kernels import AttentionInputs, HeadAffine, LogitMap, Order, Primitive, Regroup, Tap, read_taps
 from attn_kernels.edited_attention import column_pass as module
 from attn_kernels.edited_attention.column_pass import column_pass
+from attn_kernels.edited_attention.edited_flash import edited_flash
 from attn_kernels.edited_attention.lowering import NotLowered, lower
 from attn_kernels.edited_attention.reference import _allowed, edited_attention_reference
 from tests.kernels.strategies import attention_inputs, primitives
@@ -93,7 +94,7 @@ def random_scope(data: st.DataObject, inputs: AttentionInputs) -> Tensor | None:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_equals_the_specification(data: st.DataObject) -> None:
     inputs = data.draw(attention_inputs())
     edits = [data.draw(primitives(inputs, (LogitMap, Order, HeadAffine))) for _ in range(data.draw(st.integers(0, 3)))]
@@ -218,6 +219,19 @@ def test_log_sum_exp_of_any_strides() -> None:
     expected = column_pass(inputs, log_sum_exp, config=SMALL)
     found = column_pass(inputs, strided[..., 1].permute(1, 2, 0), config=SMALL)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_from_the_log_sum_exp_of_edited_flash(softcap: float | None) -> None:
+    inputs = long_call(70, 70, softcap=softcap)
+    edits: list[Primitive] = [LogitMap((inputs.key_index < 3)[None, None], bias=1.5)]
+    expected = tapped_columns(inputs, edits, torch.arange(4), None, True)
+    inputs, edits = on_device((inputs, edits))
+    lowered = lower(inputs, edits)
+    _, log_sum_exp = edited_flash(inputs, lowered, with_log_sum_exp=True)
+    assert log_sum_exp is not None
+    found = column_pass(inputs, log_sum_exp, lowered=lowered, mean=True, config=SMALL)
+    torch.testing.assert_close(found.double().cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_sums_of_all_columns_are_the_number_of_rows() -> None:

@@ -45,23 +45,25 @@ def _head_affine(
     in_dv = tl.arange(0, BLOCK_DV)
     row_inside = rows < num_queries
     inside = row_inside[:, None] & (in_dv[None, :] < DV)
-    place = output + batch * o_b + head * o_h + rows[:, None].to(tl.int64) * o_n + in_dv[None, :]
-    scale = tl.load(gain + batch * gain_b + head)
-    plain = tl.load(place, mask=inside, other=0.0)
-    # A gain of 0 replaces the output, whatever it was.
-    edited = tl.where(scale == 0, 0.0, plain.to(tl.float32) * scale)
-    if HAS_OFFSET:
-        edited += tl.load(offset + batch * offset_b + head * DV + in_dv, mask=in_dv < DV, other=0.0)[None, :]
     if AFFINE_ROW != NO_BIT:
         code = tl.load(row_codes + batch * row_codes_stride + rows, mask=row_inside, other=0).to(tl.int32)
         inside = inside & has_bit(code, AFFINE_ROW)[:, None]
+    place = output + batch * o_b + head * o_h + rows[:, None].to(tl.int64) * o_n + in_dv[None, :]
+    scale = tl.load(gain + batch * gain_b + head)
+    # A gain of 0 replaces the output, whatever it was, and need not read it.
+    read = rows < tl.where(scale == 0, 0, num_queries)
+    plain = tl.load(place, mask=inside & read[:, None], other=0.0)
+    edited = plain.to(tl.float32) * scale
+    if HAS_OFFSET:
+        edited += tl.load(offset + batch * offset_b + head * DV + in_dv, mask=in_dv < DV, other=0.0)[None, :]
     tl.store(place, edited.to(output.dtype.element_ty), mask=inside)
 
 
 def head_affine_(output: Tensor, lowered: LoweredEdits, heads: Tensor | None = None) -> Tensor:
-    """``z <- gain * z + offset`` in place on ``output`` ``(B, H, N, Dv)`` of any strides; returns it.
+    """``z <- gain * z + offset`` in place on ``output`` ``(B, H, N, Dv)``, in the rows of the edits; returns it.
 
     ``heads`` (h,) int32 are the only ones read and written; None: all. Without HeadAffine among the edits nothing is done.
+    Computes in float32. Raises ValueError if the last dimension is not contiguous; the other strides may be any.
     """
     gain, offset, rows = lowered.gain, lowered.offset, lowered.row_codes
     if gain is None:
@@ -69,7 +71,10 @@ def head_affine_(output: Tensor, lowered: LoweredEdits, heads: Tensor | None = N
     batch, num_heads, num_queries, value_dim = output.shape
     if output.stride(-1) != 1:
         raise ValueError("head outputs need a contiguous last dimension")
-    _head_affine[(num_heads if heads is None else len(heads), triton.cdiv(num_queries, ROWS), batch)](
+    used_heads = num_heads if heads is None else len(heads)
+    if used_heads == 0 or output.numel() == 0:
+        return output
+    _head_affine[(used_heads, triton.cdiv(num_queries, ROWS), batch)](
         output,
         *output.stride()[:3],
         heads,
