@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from attn_hooks.layout import TokenLayout
 from attn_kernels import AttentionInputs, Primitive, Tap, indices_of_heads, read_taps
 from attn_kernels.primitives import TapKind
 
+T = TypeVar("T")
 Phase = Literal["prefill", "chunk", "decode"]
 """``prefill``: the first forward of a sequence; ``decode``: one more token; ``chunk``: several more tokens at once."""
 
@@ -26,7 +27,7 @@ class AttentionCall:
     ``state`` is the method's own memory of this sequence in this layer; it lives as long as the cache.
     ``earlier`` holds the primitives of methods that act before this one; taps see their effect. ``selections`` are the
     layer's head selections so far: the same heads are the same tensor in every call. ``vendor`` keeps plain attention's
-    output and log-sum-exp, if a tap needed them, for the engine.
+    output and log-sum-exp, if a tap needed them, for the engine. ``of_forward`` is what ``shared_by_layers`` keeps.
     """
 
     inputs: AttentionInputs
@@ -44,6 +45,15 @@ class AttentionCall:
     key_start: int = 0
     selections: dict[Any, Tensor] = field(default_factory=dict)
     vendor: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    of_forward: dict[Any, Any] = field(default_factory=dict)
+
+    def shared_by_layers(self, place: tuple[object, ...], make: Callable[[], T]) -> T:
+        """``make()``, once for all layers of this forward whose calls have as many keys: what depends on tokens alone."""
+        place = (*place, self.inputs.num_queries, self.inputs.num_keys)
+        if place not in self.of_forward:
+            self.of_forward[place] = make()
+        made: T = self.of_forward[place]
+        return made
 
     @property
     def batch(self) -> int:

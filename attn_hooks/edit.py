@@ -72,7 +72,9 @@ class Edit(BaseModel):
     ``reads`` and ``writes`` of an attention call, ``scope`` (what one output row depends on), ``head_indexed`` (names
     single heads), ``needs_lengths`` (counts from a sequence's beginning), ``keeps_state`` (remembers the prompt),
     ``crosses_layers`` (one layer's answer depends on another's, which pipelines split), ``fixed_in_decode`` (the primitives
-    of the first decode step serve all later ones: keys generated later are in none of their groups).
+    of the first decode step serve all later ones: keys generated later are in none of their groups), ``same_in_layers``
+    (layers whose heads it does not tell apart get the same primitives), ``constant`` (the primitives depend on the layer
+    alone).
     """
 
     model_config = ConfigDict(
@@ -89,6 +91,8 @@ class Edit(BaseModel):
     keeps_state: ClassVar[bool] = False
     crosses_layers: ClassVar[bool] = False
     fixed_in_decode: ClassVar[bool] = False
+    same_in_layers: ClassVar[bool] = False
+    constant: ClassVar[bool] = False
 
     def __init__(self, **parameters: Any) -> None:
         try:

@@ -12,7 +12,6 @@ from torch import Tensor
 from attn_kernels import AttentionInputs, HeadAffine, Primitive, edited_attention, edited_weights, head_affine
 
 if TYPE_CHECKING:
-    from attn_kernels.edited_attention.dispatch import Path
     from attn_kernels.edited_attention.lowering import LoweredEdits
 
 Plain = Callable[[], tuple[Tensor, Tensor | None]]
@@ -23,13 +22,13 @@ Plain = Callable[[], tuple[Tensor, Tensor | None]]
 class Prepared:
     """What the edits of a layer answered to a call, and beside each primitive which edit it belongs to.
 
-    ``for_kernels`` is filled by the first call that runs on a GPU: the lowered edits and the path. ``vendor`` holds plain
-    attention's output and log-sum-exp of this call, if a method's tap has computed them.
+    ``lowered`` is made by the first call that runs on a GPU. ``vendor`` holds plain attention's output and log-sum-exp of
+    this call, if a method's tap has computed them.
     """
 
     primitives: list[Primitive]
     owners: list[int]
-    for_kernels: list[tuple[LoweredEdits | None, Path]] = field(default_factory=list)
+    lowered: LoweredEdits | None = None
     vendor: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
@@ -53,11 +52,8 @@ def compute(inputs: AttentionInputs, prepared: Prepared, plain: Plain, wants_wei
     # Imported here: machines without a GPU need no Triton.
     from attn_kernels.edited_attention import dispatch
 
-    if not prepared.for_kernels:
-        prepared.for_kernels.append(dispatch.plan(inputs, prepared.primitives))
-    lowered, path = prepared.for_kernels[0]
-    if lowered is not None and torch.is_grad_enabled() and inputs.query.requires_grad:
-        return _in_pytorch(inputs, prepared.primitives, plain, wants_weights, "gradients")
+    prepared.lowered, path = dispatch.plan(inputs, prepared.primitives, prepared.lowered)
+    lowered = prepared.lowered
     if lowered is None:
         return _in_pytorch(inputs, prepared.primitives, plain, wants_weights, path.why)
     if not lowered.edits_weights and path.name != "decode":

@@ -6,7 +6,8 @@ call goes to that very backend, so the outputs are its own, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -61,7 +62,11 @@ _sdpa_at_import = functional.scaled_dot_product_attention
 
 @dataclass
 class LayerPlan:
-    """What is to happen in one layer; lies on the attention module itself, so that copies and engines carry it."""
+    """What is to happen in one layer; lies on the attention module itself, so that copies and engines carry it.
+
+    ``is_measured``: on a GPU the mass that moved is measured in some layers only. ``selections`` and ``prepared`` keep what
+    does not change from call to call.
+    """
 
     key: str
     model: ModelInfo
@@ -70,7 +75,13 @@ class LayerPlan:
     tracker: SequenceTracker
     recorder: Recorder
     own_config: Any
+    is_measured: bool = True
     selections: dict[Any, Tensor] = field(default_factory=dict)
+    prepared: dict[Any, Prepared] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles prepare anew: compiled kernels stay behind."""
+        return vars(self) | {"selections": {}, "prepared": {}}
 
 
 def register() -> None:
@@ -131,16 +142,29 @@ def _prepare(
     heads: range,
     phase: Phase,
 ) -> Prepared:
-    """The layer's primitives; in decode those of the step before, where all edits say that they serve."""
-    place = (plan.key, plan.layer.index, sequence.calls[plan.layer.index])
-    # A sliding cache that has dropped keys moves the groups from step to step.
-    may_be_known = phase == "decode" and shared.key_start == 0
-    known: Prepared | None = sequence.of_decode.get(place) if may_be_known else None
-    if known is not None:
+    """The layer's primitives: made anew, or those of an earlier call where all edits say that these serve."""
+    edits = [edit for _, edit in plan.edits]
+    kept: dict[Any, Any] | None = None
+    place: tuple[object, ...] = (plan.key, plan.layer.index, sequence.calls[plan.layer.index])
+    if all(edit.constant for edit in edits):
+        kept, place = plan.prepared, (heads, inputs.query.device, inputs.value.shape[-1])
+    elif phase == "decode" and shared.key_start == 0 and all(edit.fixed_in_decode for edit in edits):
+        # A sliding cache that has dropped keys moves the groups from step to step.
+        kept = sequence.of_decode
+    if kept is not None and place in kept:
+        known: Prepared = kept[place]
         return known
-    prepared = _collect(plan, inputs, sequence, shared, heads, phase)
-    if may_be_known and all(edit.fixed_in_decode for _, edit in plan.edits):
-        sequence.of_decode[place] = prepared
+    of_layers = None
+    if all(edit.same_in_layers and edit.heads_in(plan.model, plan.layer.index) is None for edit in edits):
+        positions = tuple(position for position, _ in plan.edits)
+        of_layers = (plan.key, positions, heads, inputs.num_queries, inputs.num_keys, inputs.sink_logits is None)
+    prepared: Prepared | None = sequence.of_forward.get(of_layers) if of_layers is not None else None
+    if prepared is None:
+        prepared = _collect(plan, inputs, sequence, shared, heads, phase)
+        if of_layers is not None:
+            sequence.of_forward[of_layers] = prepared
+    if kept is not None:
+        kept[place] = prepared
     return prepared
 
 
@@ -157,19 +181,23 @@ def _record(
     layer = plan.layer.index
     primitives = prepared.primitives
     moved: list[Tensor | None] = [None] * len(primitives)
-    if result.edited_weights and (phase != "decode" or (sequence.past + layer) % DECODE_STEPS_PER_MEASURE == 0):
+    is_measured = plan.is_measured or not inputs.query.is_cuda
+    if is_measured and phase == "decode":
+        is_measured = (sequence.past + layer) % DECODE_STEPS_PER_MEASURE == 0
+    if result.edited_weights and is_measured:
         moved = moved_mass(inputs, primitives, result.heads)
     rows = shared.rows(inputs)
     for owner, primitive, mass in zip(prepared.owners, primitives, moved, strict=True):
         if not isinstance(primitive, Tap):
-            plan.recorder.record(owner, phase, layer, _heads_edited(plan, owner, heads), rows, mass)
+            named = functools.partial(_heads_edited, plan, owner, heads)
+            plan.recorder.record(owner, phase, layer, named, rows, mass)
     plan.recorder.record_path(phase, layer, result.path, result.why)
 
 
-def _heads_edited(plan: LayerPlan, owner: int, heads: range) -> Iterator[int]:
+def _heads_edited(plan: LayerPlan, owner: int, heads: range) -> list[int]:
     """Global indices of the heads of this call that an edit names."""
     named = dict(plan.edits)[owner].heads_in(plan.model, plan.layer.index)
-    return (head for head in heads if named is None or head in named)
+    return [head for head in heads if named is None or head in named]
 
 
 def _collect(
@@ -199,6 +227,7 @@ def _collect(
             earlier=list(prepared.primitives),
             selections=plan.selections,
             vendor=prepared.vendor,
+            of_forward=sequence.of_forward,
         )
         answered = edit.primitives(call)
         prepared.primitives.extend(answered)

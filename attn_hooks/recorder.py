@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -57,14 +57,20 @@ class Recorder:
         self.paths[place].add(layer)
 
     def record(
-        self, position: int, phase: Phase, layer: int, heads: Iterable[int], rows: Tensor | int, moved: Tensor | None
+        self,
+        position: int,
+        phase: Phase,
+        layer: int,
+        heads: Callable[[], Iterable[int]],
+        rows: Tensor | int,
+        moved: Tensor | None,
     ) -> None:
         """Adds one primitive of one call; ``rows`` is the number of its real queries, still on the device if padded."""
         record = self.records[position]
         record.calls[phase] += 1
         if layer not in record.layers:
             record.layers.add(layer)
-            record.heads.update((layer, head) for head in heads)
+            record.heads.update((layer, head) for head in heads())
         if isinstance(rows, int):
             record.rows_without_padding += rows
         else:

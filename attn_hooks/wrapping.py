@@ -22,6 +22,8 @@ from attn_hooks.recorder import EditRecord, Recorder
 from attn_hooks.registry import resolve_edits
 from attn_hooks.sequence import SequenceTracker
 
+# Measuring the mass that moved takes the host longer than launching the layer itself.
+LAYERS_PER_MEASURE = 8
 WRAPPING_ATTRIBUTE = "attn_hooks_wrapping"
 KEY_ATTRIBUTE = "attn_hooks_key"
 
@@ -54,6 +56,7 @@ class Wrapping:
     def install(self, model: nn.Module) -> None:
         register()
         private_configs: dict[int, Any] = {}
+        num_edited = 0
         for layer in self.info.layers:
             own = layer.module.config
             if id(own) not in private_configs:
@@ -65,7 +68,9 @@ class Wrapping:
             edits = self.edits_of_layer(layer.index)
             if edits:
                 tracker = self._tracker_of(model, layer.module_name)
-                plan = LayerPlan(self.key, self.info, layer, edits, tracker, self.recorder, own)
+                is_measured = num_edited % LAYERS_PER_MEASURE == 0
+                plan = LayerPlan(self.key, self.info, layer, edits, tracker, self.recorder, own, is_measured)
+                num_edited += 1
                 setattr(layer.module, PLAN_ATTRIBUTE, plan)
         setattr(model, WRAPPING_ATTRIBUTE, self)
 

@@ -28,6 +28,7 @@ class Ablate(Edit):
     head_indexed: ClassVar[bool] = True
     needs_lengths: ClassVar[bool] = False
     fixed_in_decode: ClassVar[bool] = True
+    constant: ClassVar[bool] = True
 
     heads: Heads = Field(min_length=1, description="query heads to silence: pairs (layer, head) or {layer: [heads]}")
 

@@ -37,6 +37,7 @@ class HeadAffine(Edit):
     head_indexed: ClassVar[bool] = True
     needs_lengths: ClassVar[bool] = False
     fixed_in_decode: ClassVar[bool] = True
+    constant: ClassVar[bool] = True
 
     gain: TensorField | None = Field(default=None, description="(layers, query heads); 1 changes nothing")
     offset: TensorField | None = Field(default=None, description="(layers, query heads, head_dim); 0 changes nothing")

@@ -50,6 +50,7 @@ class PASTA(Edit):
     head_indexed: ClassVar[bool] = True
     keeps_state: ClassVar[bool] = True
     fixed_in_decode: ClassVar[bool] = True
+    same_in_layers: ClassVar[bool] = True
 
     spans: Literal["image"] | Annotated[tuple[tuple[Span, ...], ...], Field(min_length=1)] = Field(
         description="for each prompt its (start, stop) pairs; one list serves all prompts; or 'image'"
@@ -74,6 +75,11 @@ class PASTA(Edit):
         prompt_length = self.prompt_length or call.prompt_length
         if prompt_length is None:
             raise error("no-prefill", method=self.method, layer=call.layer, model=call.model)
+        keys, bias = call.shared_by_layers((id(self), "keys"), lambda: self._biased_keys(call, prompt_length))
+        return [LogitMap(keys, bias=bias, heads=call.select_heads(self.heads))]
+
+    def _biased_keys(self, call: AttentionCall, prompt_length: int) -> tuple[Tensor, float]:
+        """The key group ``(B, 1, M)`` that gets a bias, and the bias."""
         in_prompt = call.inputs.key_index[None, :] < prompt_length
         highlighted = self._highlighted(call)
         bias = math.log(self.alpha) * (-1.0 if self.mode == "include" else 1.0)
@@ -81,8 +87,8 @@ class PASTA(Edit):
         if call.layout.length <= prompt_length and call.inputs.sink_logits is None:
             # All keys are the prompt's, and softmax does not see a constant on all logits: the few keys that are kept
             # get the opposite instead.
-            return [LogitMap(call.keys_at(kept), bias=-bias, heads=call.select_heads(self.heads))]
-        return [LogitMap(call.keys_at(in_prompt & ~kept), bias=bias, heads=call.select_heads(self.heads))]
+            return call.keys_at(kept), -bias
+        return call.keys_at(in_prompt & ~kept), bias
 
     def _highlighted(self, call: AttentionCall) -> Tensor:
         """Bool ``(B, M)``: keys inside the spans of their prompt."""

@@ -31,6 +31,7 @@ class SinkScale(Edit):
     scope: ClassVar[Scope] = "per-row"
     head_indexed: ClassVar[bool] = True
     fixed_in_decode: ClassVar[bool] = True
+    same_in_layers: ClassVar[bool] = True
 
     scale: float = Field(default=0.5, ge=0.0, description="factor on the sink's weight; 1: identity")
     sinks: Positive = Field(default=1, description="number of first tokens that form the sink")
@@ -39,6 +40,8 @@ class SinkScale(Edit):
 
     def primitives(self, call: AttentionCall) -> list[Primitive]:
         position = call.inputs.key_position
-        keys = call.keys_at((position >= 0) & (position < self.sinks))
+        keys = call.shared_by_layers(
+            (id(self), "keys"), lambda: call.keys_at((position >= 0) & (position < self.sinks))
+        )
         bias = math.log(self.scale) if self.scale > 0 else -math.inf
         return [LogitMap(keys, bias=bias, heads=call.select_heads(self.heads))]

@@ -31,6 +31,7 @@ class Streaming(Edit):
     scope: ClassVar[Scope] = "per-row"
     head_indexed: ClassVar[bool] = True
     fixed_in_decode: ClassVar[bool] = True
+    same_in_layers: ClassVar[bool] = True
 
     sinks: NonNegative = Field(default=4, description="first tokens that every query sees")
     window: Positive = Field(default=1024, description="most recent tokens that a query sees, its own included")

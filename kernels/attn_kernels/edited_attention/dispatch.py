@@ -33,6 +33,9 @@ DECODE_QUERIES = 16
 LAST_ROWS = 1024
 
 
+LARGEST_HEAD_DIM = 256
+
+
 @dataclass(frozen=True)
 class Path:
     """The path of a call and the reason, in words for a log line."""
@@ -195,12 +198,21 @@ def columns(
         return None
 
 
+def on_gpu(inputs: AttentionInputs) -> bool:
+    """Whether the kernels can run where the tensors are."""
+    return inputs.query.is_cuda
+
+
 def plan(
     inputs: AttentionInputs, edits: Sequence[Primitive], lowered: LoweredEdits | None = None
 ) -> tuple[LoweredEdits | None, Path]:
     """The lowered edits and the path of a call; no lowered edits where only the PyTorch path can do it."""
-    if not inputs.query.is_cuda:
+    if not on_gpu(inputs):
         return None, Path("pytorch", "no GPU")
+    if inputs.query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return None, Path("pytorch", str(inputs.query.dtype).removeprefix("torch."))
+    if max(inputs.query.shape[-1], inputs.value.shape[-1]) > LARGEST_HEAD_DIM:
+        return None, Path("pytorch", f"head_dim above {LARGEST_HEAD_DIM}")
     if inputs.dropout > 0:
         return None, Path("pytorch", "dropout")
     if any(isinstance(edit, Tap) for edit in edits):

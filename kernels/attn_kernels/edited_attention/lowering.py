@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,21 +100,28 @@ class LoweredEdits:
 
     def untouched(self, num_keys: int, size: int) -> UntouchedKeys:
         """The untouched keys by tiles of ``size``; made once for each size."""
-        if size not in self._untouched or self._untouched[size].num_keys != num_keys:
-            self._untouched[size] = find_untouched(self.key_codes, num_keys, size)
-        return self._untouched[size]
-
-    @cached_property
-    def _untouched(self) -> dict[int, UntouchedKeys]:
-        return {}
+        place = (num_keys, size)
+        if place not in self._of_codes:
+            self._of_codes[place] = find_untouched(self.key_codes, num_keys, size)
+        return self._of_codes[place]
 
     @cached_property
     def listed(self) -> ListedKeys:
         """The keys that some edit touches, by what Regroup does with them."""
-        # Imported here, since compact takes its types from this module.
-        from attn_kernels.edited_attention.compact import list_touched_keys
+        place = None if self.regroup is None else (self.regroup.source, self.regroup.target)
+        if place not in self._of_codes:
+            make = list_keys
+            if self.key_codes.is_cuda:
+                from attn_kernels.edited_attention.compact import list_touched_keys as make  # needs Triton
+            self._of_codes[place] = make(self)
+        return self._of_codes[place]
 
-        return list_touched_keys(self) if self.key_codes.is_cuda else list_keys(self)
+    @cached_property
+    def _of_codes(self) -> dict[Any, Any]:
+        """What was made of these codes already, also for another layer's edits."""
+        if self.key_codes not in _made_of_codes:
+            _made_of_codes[self.key_codes] = {}
+        return _made_of_codes[self.key_codes]
 
 
 @dataclass(frozen=True)
@@ -188,6 +196,11 @@ class _Bits:
         return code.contiguous()
 
 
+# Layers share their groups: the same tensor gives the same codes, and the same codes the same lists.
+_codes_of_group: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+_made_of_codes: MutableMapping[Tensor, dict[Any, Any]] = WeakTensorKeyDictionary()
+
+
 def lower(inputs: AttentionInputs, edits: Sequence[Primitive]) -> LoweredEdits:
     """The primitives of a call for the kernels. Raises ``NotLowered`` for what only the PyTorch path can do."""
     num_heads, device = inputs.num_heads, inputs.query.device
@@ -243,8 +256,7 @@ def lower(inputs: AttentionInputs, edits: Sequence[Primitive]) -> LoweredEdits:
     affine_row = rows.of(affine_rows)
     pair_keys = _nibbles([keys.of(key) for _, key, _, _ in pairs])
     pair_rows = _nibbles([rows.of(row) for row, _, _, _ in pairs])
-    keys.tensors = [tensor if tensor.ndim == 3 else tensor[:, None] for tensor in keys.tensors]
-    key_codes = keys.packed()
+    key_codes = _packed_keys(keys)
     return LoweredEdits(
         key_codes=torch.zeros(1, 1, 0, dtype=torch.uint8, device=device) if key_codes is None else key_codes,
         row_codes=rows.packed(),
@@ -337,6 +349,20 @@ def find_untouched(key_codes: Tensor, num_keys: int, size: int) -> UntouchedKeys
     longest, last = length.max(-1)
     skips = torch.stack([last + 1 - longest, last + 1], dim=-1).to(torch.int32)
     return UntouchedKeys(num_keys, skips.contiguous(), bias)
+
+
+def _packed_keys(keys: _Bits) -> Tensor | None:
+    """Codes ``(b, h, m)``; those of a single group are made once for all layers that share it."""
+    only = keys.tensors[0] if len(keys.tensors) == 1 else None
+    keys.tensors = [tensor if tensor.ndim == 3 else tensor[:, None] for tensor in keys.tensors]
+    if only is None:
+        return keys.packed()
+    if only not in _codes_of_group:
+        packed = keys.packed()
+        assert packed is not None
+        # A copy: a view would keep the group alive, and with it this entry.
+        _codes_of_group[only] = packed.clone()
+    return _codes_of_group[only]
 
 
 def _is_scoped(edit: Primitive) -> bool:
