@@ -327,43 +327,82 @@ def test_calls_that_follow_one_another_find_their_counters_at_zero() -> None:
 
 def test_a_call_like_an_earlier_one_goes_to_the_compiled_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the arguments that Triton's own launch would have passed on, at a later length of the cache."""
-    names = list(inspect.signature(decode._edited_decode.fn).parameters)
-    launches: list[tuple[str, dict[str, object]]] = []
+    launches: list[tuple[str, str, dict[str, object]]] = []
 
     class Compiled:
-        def __getitem__(self, grid: tuple[int, ...]):
-            return lambda *args: launches.append(("compiled", dict(zip(names, args, strict=True))))
+        def __init__(self, kernel: str, names: list[str]) -> None:
+            self.kernel, self.names = kernel, names
 
-    class Triton:
         def __getitem__(self, grid: tuple[int, ...]):
-            def launch(*args: object, **constants: object) -> Compiled:
-                constants.pop("num_warps")
-                launches.append(("triton", dict(zip(names, args, strict=False)) | constants))
-                return Compiled()
+            return lambda *args: launches.append((self.kernel, "compiled", dict(zip(self.names, args, strict=True))))
+
+    class Triton(Compiled):
+        def __getitem__(self, grid: tuple[int, ...]):
+            def launch(*args: object, num_warps: int) -> Compiled:
+                launches.append((self.kernel, "triton", dict(zip(self.names, args, strict=True))))
+                return Compiled(self.kernel, self.names)
 
             return launch
 
-    monkeypatch.setattr(decode, "_edited_decode", Triton())
+    for kernel in ("_edited_decode", "_merge"):
+        names = list(inspect.signature(getattr(decode, kernel).fn).parameters)
+        monkeypatch.setattr(decode, kernel, Triton(kernel, names))
     edits = on_device([Regroup(group(41, 0), 0.5)])
     lowered = lower(on_device(long_call(60)), edits)
     for num_keys in (60, 61):
         edited_decode(on_device(long_call(num_keys)), lowered, splits=2)
-    edited_decode(on_device(replace(long_call(62), softcap=5.0)), lowered, splits=2)
-    assert [by for by, _ in launches] == ["triton", "compiled", "triton"]
-    first, second = launches[0][1], launches[1][1]
-    assert list(second) == names
-    assert {name for name in names if isinstance(first[name], Tensor)} == {
-        name for name in names if isinstance(second[name], Tensor)
-    }
-    changed = {name for name in names if not isinstance(first[name], Tensor) and first[name] != second[name]}
-    assert changed == {"num_keys", "query_offset", "k_b", "k_h", "v_b", "v_h"}
+    edited_decode(on_device(replace(long_call(62), softcap=5.0)), lowered, splits=3)
+    whole_call = ["_edited_decode", "_merge"]
+    assert [kernel for kernel, _, _ in launches] == whole_call * 3
+    assert [by for _, by, _ in launches] == ["triton"] * 2 + ["compiled"] * 2 + ["triton"] * 2
+    for which, expected in enumerate(({"num_keys", "query_offset", "k_b", "k_h", "v_b", "v_h"}, set())):
+        first, second = launches[which][2], launches[2 + which][2]
+        tensors = {name for name in first if isinstance(first[name], Tensor)}
+        assert tensors == {name for name in second if isinstance(second[name], Tensor)}
+        assert {name for name in first if name not in tensors and first[name] != second[name]} == expected
+
+
+def test_a_call_without_regroup_is_one_launch_unless_it_merges_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches: list[int] = []
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int, ...]):
+            return lambda *args, **options: launches.append(args[3])
+
+    monkeypatch.setattr(decode, "_merge", Counted())
+    for num_queries, regrouped, expected in ((1, False, []), (1, True, [4]), (32, False, [4])):
+        launches.clear()
+        monkeypatch.setattr(decode, "MOST_MERGED_IN_PLACE", 4 * 16 * 16)
+        edits = on_device([Regroup(group(64, 0), 0.5)] if regrouped else [])
+        inputs = on_device(long_call(64, num_queries))
+        edited_decode(inputs, lower(inputs, edits), splits=4, config=SMALL)
+        assert launches == expected
+
+
+@pytest.mark.parametrize("splits", [3, 40])
+def test_many_rows_merged_by_a_second_launch(monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
+    """21 rows of a head, which neither fill a program nor the last one of the merge, in more splits than it loads at once."""
+    monkeypatch.setattr(decode, "MOST_MERGED_IN_PLACE", 0)
+    inputs = long_call(400, num_queries=7, heads=(6, 2))
+    edits: list[Primitive] = [
+        LogitMap(group(400, slice(10, 30)), scale=0.5),
+        HeadAffine(gain=torch.linspace(0.5, 2, 6)),
+    ]
+    for regroup in (
+        [],
+        [Regroup(group(400, 0), 0.5)],
+        [Regroup(group(400, 0), 0.5, group(400, 2, 300), Gate(group(400, 0), 1e-9))],
+    ):
+        case, on_it = on_device((inputs, [*edits, *regroup]))
+        output = edited_decode(case, lower(case, on_it), splits=splits, config=SMALL)
+        assert_equal(output, reference(case, on_it)[0], 1e-4)
 
 
 @pytest.mark.parametrize("programs", [1, 4, 8, 32, 64, 1000])
 @pytest.mark.parametrize("tiles", [0, 1, 16, 128, 1024])
 def test_splits_are_at_least_one_and_at_most_the_tiles(programs: int, tiles: int) -> None:
-    splits = number_of_splits(programs, tiles, 132)
-    assert 1 <= splits <= max(1, tiles)
+    splits = number_of_splits(programs, tiles, 132, 32)
+    assert 1 <= splits <= max(1, min(tiles, 32))
     assert set(CONFIGS) == {64, 128, 256}
 
 

@@ -1,8 +1,9 @@
-"""Edited decode: exact attention of one or a few queries over many keys under any lowered edits, in one launch.
+"""Edited decode: exact attention of one or a few queries over many keys under any lowered edits, in one or two launches.
 
 Source of the algorithm: Flash-Decoding (Dao et al. 2023, https://pytorch.org/blog/flash-decoding). The keys are split over
-programs; each keeps its part of the softmax in a workspace, and the last program of a key and value head to finish merges
-the parts. The query heads that share a key and value head are rows of one matrix product.
+programs; each keeps its part of the softmax in a workspace. Where the parts are few numbers, the last program of a key and
+value head to finish merges them; otherwise a second launch does, with a program for a row or a few. The query heads that
+share a key and value head are rows of one matrix product.
 
 A Regroup needs the outputs of three classes of keys apart: the rest, the source and the target. Each class gets rows of its
 own in the same matrix product, whose 16 rows a few query heads do not fill anyway, with a softmax of its own. The merge puts
@@ -51,14 +52,20 @@ ROWS_OF_PROGRAM = 64
 CONFIGS: dict[int, tuple[int, int, int]] = {64: (128, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3)}
 CONFIGS_FLOAT32: dict[int, tuple[int, int, int]] = {64: (64, 4, 2), 128: (32, 4, 2), 256: (32, 4, 1)}
 # Splits are as many as keep every multiprocessor busy with so many programs, none with fewer tiles than the second number,
-# and no more than the third, since one program merges them.
+# and no more than the third, or with a Regroup, whose parts a second launch merges, the fourth.
 PROGRAMS_PER_MULTIPROCESSOR = 2
 FEWEST_TILES_OF_SPLIT = 1
 MOST_SPLITS = 32
-# Numbers that the merge holds in registers at once, accumulators included, splits among them, and steps it loads ahead.
+MOST_SPLITS_OF_CLASSES = 64
+# Without a Regroup, a second launch merges parts of more numbers than this.
+MOST_MERGED_IN_PLACE = 2**16
+# Numbers that a merge holds in registers at once, accumulators included, splits among them, and steps it loads ahead.
 MERGED_AT_ONCE = 20480
 SPLITS_AT_ONCE = 32
 MERGE_STAGES = 1
+# Rows of a program of the second launch, classes counted, and its warps.
+ROWS_OF_MERGE = 4
+WARPS_OF_MERGE = 4
 # Counters for captured calls, each of which gets its own, and for the eager calls of one stream, which share theirs.
 COUNTERS_FOR_GRAPHS = 2**20
 COUNTERS_OF_STREAM = 2**14
@@ -122,40 +129,57 @@ def _of_class(packed, which: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.const
 
 
 @triton.jit
+def _added(total, shrink, weights, BY_COLUMN: tl.constexpr):
+    """``total`` of the tiles so far plus the ``weights`` (R, C) of one more: (R, C), or summed over the columns, (R,)."""
+    if BY_COLUMN:
+        total = total * shrink[:, None] + weights
+    else:
+        total = total * shrink + tl.sum(weights, 1)
+    return total
+
+
+@triton.jit
+def _parts(workspace, group, num_groups, num_splits, PACKED: tl.constexpr, DV: tl.constexpr):
+    """Where the accumulators (splits, PACKED, DV) and the statistics (splits, STATISTICS, PACKED) of ``group`` begin."""
+    parts = workspace + group * num_splits * (PACKED * DV)
+    statistics = workspace + num_groups * num_splits * (PACKED * DV) + group * num_splits * (STATISTICS * PACKED)
+    return parts, statistics
+
+
+@triton.jit
 def _merged(
-    stored,
-    which: tl.constexpr,
+    parts,
+    statistics,
+    num_splits,
+    in_packed,
+    kept,
     HAS_GATE: tl.constexpr,
     HAS_SHARE: tl.constexpr,
     PACKED: tl.constexpr,
-    ROWS: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     AT_ONCE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One class over all splits, of the first rows: as many as ``stored`` has flags (R,) that say which rows exist."""
-    parts, statistics, num_splits, row_inside = stored
-    MERGED_ROWS: tl.constexpr = row_inside.shape[0]
-    in_rows = which * ROWS + tl.arange(0, MERGED_ROWS)
+    """The packed rows ``in_packed`` (R,) over all splits, those ``kept`` (R,); the others are as if they saw no key."""
     in_dv = tl.arange(0, BLOCK_DV)
     in_splits = tl.arange(0, AT_ONCE)
-    highest = tl.full([MERGED_ROWS], LOWEST_MAXIMUM, tl.float32)
-    accumulator = tl.zeros([MERGED_ROWS, BLOCK_DV], tl.float32)
-    total = tl.zeros([MERGED_ROWS], tl.float32)
-    of_total = tl.zeros([MERGED_ROWS], tl.float32)
-    share_total = tl.zeros([MERGED_ROWS], tl.float32)
+    highest = tl.full([in_packed.shape[0]], LOWEST_MAXIMUM, tl.float32)
+    accumulator = tl.zeros([in_packed.shape[0], BLOCK_DV], tl.float32)
+    total = tl.zeros([in_packed.shape[0]], tl.float32)
+    of_total = tl.zeros([in_packed.shape[0]], tl.float32)
+    share_total = tl.zeros([in_packed.shape[0]], tl.float32)
     for first in tl.range(0, num_splits, AT_ONCE, num_stages=STAGES):
         split = first + in_splits
-        there = (split[:, None] < num_splits) & row_inside[None, :]
-        # The other programs wrote these: the first-level cache may hold an older state.
+        there = (split[:, None] < num_splits) & kept[None, :]
+        # Other programs may have written these in the same launch: the first-level cache may hold an older state.
         part = tl.load(
-            parts + (split[:, None, None] * PACKED + in_rows[None, :, None]) * DV + in_dv[None, None, :],
+            parts + (split[:, None, None] * PACKED + in_packed[None, :, None]) * DV + in_dv[None, None, :],
             mask=there[:, :, None] & (in_dv[None, None, :] < DV),
             other=0.0,
             cache_modifier=".cg",
         )
-        at = statistics + split[:, None] * (STATISTICS * PACKED) + in_rows[None, :]
+        at = statistics + split[:, None] * (STATISTICS * PACKED) + in_packed[None, :]
         its_highest = tl.load(at, mask=there, other=LOWEST_MAXIMUM, cache_modifier=".cg")
         its_total = tl.load(at + PACKED, mask=there, other=0.0, cache_modifier=".cg")
         new_highest = tl.maximum(highest, tl.max(its_highest, 0))
@@ -175,9 +199,7 @@ def _merged(
 
 @triton.jit
 def _finish(
-    rest,
-    source,
-    target,
+    packed,
     row,
     num_rows,
     num_queries,
@@ -211,16 +233,25 @@ def _finish(
     HAS_OFFSET: tl.constexpr,
     AFFINE_ROW: tl.constexpr,
     WRITE_LSE: tl.constexpr,
+    CLASSES: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
     """Puts the classes together, adds the sink logit, Regroup and HeadAffine, and writes ``row`` (R,) of a kv head.
 
-    A class is an accumulator (R, DV), and of each row the total, the maximum and the gate's two totals.
+    ``packed`` are all classes: an accumulator (CLASSES * R, BLOCK_DV), and of each of its rows the total, the maximum and
+    the gate's two totals.
     """
-    accumulator, total, highest, of_total, share_total = rest
-    source_accumulator, source_total, source_highest, source_of, source_share = source
-    target_accumulator, target_total, target_highest, target_of, target_share = target
+    ROWS: tl.constexpr = row.shape[0]
+    accumulator, total, highest, of_total, share_total = _of_class(packed, 0, CLASSES, ROWS, BLOCK_DV)
+    if HAS_REGROUP:
+        source_accumulator, source_total, source_highest, source_of, source_share = _of_class(
+            packed, 1, CLASSES, ROWS, BLOCK_DV
+        )
+    if HAS_TARGET:
+        target_accumulator, target_total, target_highest, target_of, target_share = _of_class(
+            packed, 2, CLASSES, ROWS, BLOCK_DV
+        )
     in_dv = tl.arange(0, BLOCK_DV)
     row_inside = row < num_rows
     row = tl.minimum(row, num_rows - 1)
@@ -401,6 +432,7 @@ def _edited_decode(
     AFFINE_ROW: tl.constexpr,
     WRITE_LSE: tl.constexpr,
     ONE_SPLIT: tl.constexpr,
+    MERGE_APART: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
     CLASSES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -419,6 +451,8 @@ def _edited_decode(
     HAS_GATE: tl.constexpr = HAS_REGROUP and GATE_OF != NO_BIT_IN_KERNEL
     HAS_SHARE: tl.constexpr = HAS_GATE and GATE_SHARE != NO_BIT_IN_KERNEL
     PACKED: tl.constexpr = CLASSES * ROWS
+    # A sum over a tile's columns crosses warps, and is left for the end, where the warps lie along the columns.
+    BY_COLUMN: tl.constexpr = PACKED < 64
     split = tl.program_id(0)
     num_splits = tl.num_programs(0)
     kv_head = tl.program_id(1) // ROW_BLOCKS
@@ -482,10 +516,9 @@ def _edited_decode(
 
     accumulator = tl.zeros([PACKED, BLOCK_DV], tl.float32)
     highest = tl.full([PACKED], LOWEST_MAXIMUM, tl.float32)
-    # Summed over the tile's columns only at the end: a sum crosses warps.
-    total = tl.zeros([PACKED, BLOCK_M], tl.float32)
-    of_total = tl.zeros([PACKED, BLOCK_M], tl.float32)
-    share_total = tl.zeros([PACKED, BLOCK_M], tl.float32)
+    total = tl.zeros([PACKED, BLOCK_M] if BY_COLUMN else [PACKED], tl.float32)
+    of_total = tl.zeros([PACKED, BLOCK_M] if BY_COLUMN else [PACKED], tl.float32)
+    share_total = tl.zeros([PACKED, BLOCK_M] if BY_COLUMN else [PACKED], tl.float32)
     keys = start + first_tile * BLOCK_M + in_m
     next_code = _load_codes(key_codes, code_at, keys, num_codes, HAS_CODES)
     next_valid = _load_valid(valid_base, keys, num_keys, HAS_VALID)
@@ -547,25 +580,23 @@ def _edited_decode(
         weights = tl.exp2(logits - new_highest[:, None])
         shrink = tl.exp2(highest - new_highest)
         highest = new_highest
-        total = total * shrink[:, None] + weights
+        total = _added(total, shrink, weights, BY_COLUMN)
         if HAS_GATE:
-            of_total = of_total * shrink[:, None] + tl.where(has_bit(code, GATE_OF), weights, 0.0)
+            of_total = _added(of_total, shrink, tl.where(has_bit(code, GATE_OF), weights, 0.0), BY_COLUMN)
         if HAS_SHARE:
-            share_total = share_total * shrink[:, None] + tl.where(has_bit(code, GATE_SHARE), weights, 0.0)
+            share_total = _added(share_total, shrink, tl.where(has_bit(code, GATE_SHARE), weights, 0.0), BY_COLUMN)
         value_tile = load_tile(value_base, value_at, in_dv, DV, BLOCK_DV, inside, False)
         accumulator = matmul(weights.to(value_tile.dtype), value_tile, accumulator * shrink[:, None], PRECISION)
-    total = tl.sum(total, 1)
-    of_total = tl.sum(of_total, 1)
-    share_total = tl.sum(share_total, 1)
+    if BY_COLUMN:
+        total = tl.sum(total, 1)
+        of_total = tl.sum(of_total, 1)
+        share_total = tl.sum(share_total, 1)
 
-    is_last = True
     group = batch * tl.num_programs(1) + tl.program_id(1)
-    parts = workspace
-    statistics = workspace
+    finishes = True
     if not ONE_SPLIT:
-        parts += group * num_splits * (PACKED * DV)
-        all_parts = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * num_splits * (PACKED * DV)
-        statistics += all_parts + group * num_splits * (STATISTICS * PACKED)
+        num_groups = tl.num_programs(2).to(tl.int64) * tl.num_programs(1)
+        parts, statistics = _parts(workspace, group, num_groups, num_splits, PACKED, DV)
         kept = (in_packed < (3 if HAS_TARGET else CLASSES) * ROWS) & (row_block * ROWS + in_packed % ROWS < num_rows)
         tl.store(
             parts + (split * PACKED + in_packed[:, None]) * DV + in_dv[None, :],
@@ -573,75 +604,197 @@ def _edited_decode(
             mask=kept[:, None] & (in_dv[None, :] < DV),
         )
         at = statistics + split * (STATISTICS * PACKED) + in_packed
-        tl.store(at, highest)
-        tl.store(at + PACKED, total)
+        tl.store(at, highest, mask=kept)
+        tl.store(at + PACKED, total, mask=kept)
         if HAS_GATE:
-            tl.store(at + 2 * PACKED, of_total)
+            tl.store(at + 2 * PACKED, of_total, mask=kept)
         if HAS_SHARE:
-            tl.store(at + 3 * PACKED, share_total)
-        # All threads have written before one of them announces it.
-        tl.debug_barrier()
-        is_last = tl.atomic_add(counters + group, 1, sem="acq_rel") == num_splits - 1
-    if is_last:
-        if ONE_SPLIT:
-            finished_row = row_block * ROWS + tl.arange(0, ROWS)
-            packed = (accumulator, total, highest, of_total, share_total)
-            rest = _of_class(packed, 0, CLASSES, ROWS, BLOCK_DV)
-            source = _of_class(packed, 1, CLASSES, ROWS, BLOCK_DV)
-            target = _of_class(packed, 2, CLASSES, ROWS, BLOCK_DV)
-        else:
-            finished_row = row_block * ROWS + tl.arange(0, MERGED_ROWS)
-            stored = (parts, statistics, num_splits, finished_row < num_rows)
-            rest = _merged(stored, 0, HAS_GATE, HAS_SHARE, PACKED, ROWS, DV, BLOCK_DV, AT_ONCE, MERGE_STAGES)
-            source = rest
-            target = rest
-            if HAS_REGROUP:
-                source = _merged(stored, 1, HAS_GATE, HAS_SHARE, PACKED, ROWS, DV, BLOCK_DV, AT_ONCE, MERGE_STAGES)
-            if HAS_TARGET:
-                target = _merged(stored, 2, HAS_GATE, HAS_SHARE, PACKED, ROWS, DV, BLOCK_DV, AT_ONCE, MERGE_STAGES)
-        _finish(
-            rest,
-            source,
-            target,
-            finished_row,
-            num_rows,
-            num_queries,
-            group_head,
-            batch,
-            output,
-            o_b,
-            o_h,
-            o_n,
-            log_sum_exp,
-            num_heads,
-            sinks,
-            sinks_stride_b,
-            sinks_stride_h,
-            sinks_stride_n,
-            row_codes,
-            row_codes_stride,
-            regroup,
-            gain,
-            gain_b,
-            offset,
-            offset_b,
-            HAS_SINKS,
-            HAS_ROW_CODES,
-            HAS_REGROUP,
-            HAS_TARGET,
-            GATE_OF,
-            GATE_SHARE,
-            REGROUP_ROW,
-            HAS_AFFINE,
-            HAS_OFFSET,
-            AFFINE_ROW,
-            WRITE_LSE,
-            DV,
-            BLOCK_DV,
-        )
-        if not ONE_SPLIT:
-            # The next launch finds the counter as this one did.
-            tl.store(counters + group, 0)
+            tl.store(at + 3 * PACKED, share_total, mask=kept)
+        if not MERGE_APART:
+            # All threads have written before one of them announces it.
+            tl.debug_barrier()
+            finishes = tl.atomic_add(counters + group, 1, sem="acq_rel") == num_splits - 1
+    if not MERGE_APART:
+        if finishes:
+            if ONE_SPLIT:
+                finished_row = row_block * ROWS + tl.arange(0, ROWS)
+                packed = (accumulator, total, highest, of_total, share_total)
+            else:
+                in_merged = tl.arange(0, MERGED_ROWS)
+                finished_row = row_block * ROWS + in_merged
+                packed = _merged(
+                    parts,
+                    statistics,
+                    num_splits,
+                    in_merged,
+                    finished_row < num_rows,
+                    HAS_GATE,
+                    HAS_SHARE,
+                    PACKED,
+                    DV,
+                    BLOCK_DV,
+                    AT_ONCE,
+                    MERGE_STAGES,
+                )
+            _finish(
+                packed,
+                finished_row,
+                num_rows,
+                num_queries,
+                group_head,
+                batch,
+                output,
+                o_b,
+                o_h,
+                o_n,
+                log_sum_exp,
+                num_heads,
+                sinks,
+                sinks_stride_b,
+                sinks_stride_h,
+                sinks_stride_n,
+                row_codes,
+                row_codes_stride,
+                regroup,
+                gain,
+                gain_b,
+                offset,
+                offset_b,
+                HAS_SINKS,
+                HAS_ROW_CODES,
+                HAS_REGROUP,
+                HAS_TARGET,
+                GATE_OF,
+                GATE_SHARE,
+                REGROUP_ROW,
+                HAS_AFFINE,
+                HAS_OFFSET,
+                AFFINE_ROW,
+                WRITE_LSE,
+                CLASSES,
+                DV,
+                BLOCK_DV,
+            )
+            if not ONE_SPLIT:
+                # The next launch finds the counter as this one did.
+                tl.store(counters + group, 0)
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def _merge(
+    output,
+    log_sum_exp,
+    workspace,
+    num_splits,
+    o_b,
+    o_h,
+    o_n,
+    num_heads,
+    heads_per_kv,
+    num_queries,
+    sinks,
+    sinks_stride_b,
+    sinks_stride_h,
+    sinks_stride_n,
+    row_codes,
+    row_codes_stride,
+    regroup,
+    gain,
+    gain_b,
+    offset,
+    offset_b,
+    HAS_SINKS: tl.constexpr,
+    HAS_ROW_CODES: tl.constexpr,
+    HAS_REGROUP: tl.constexpr,
+    TARGET: tl.constexpr,
+    GATE_OF: tl.constexpr,
+    GATE_SHARE: tl.constexpr,
+    REGROUP_ROW: tl.constexpr,
+    HAS_AFFINE: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    AFFINE_ROW: tl.constexpr,
+    WRITE_LSE: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROWS_APART: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    AT_ONCE_APART: tl.constexpr,
+    MERGE_STAGES: tl.constexpr,
+):
+    """Merges and finishes ROWS_APART rows of a kv head, whose classes ``_edited_decode`` left in the workspace.
+
+    The grid is (rows of a kv head / ROWS_APART, kv heads, batch).
+    """
+    HAS_TARGET: tl.constexpr = HAS_REGROUP and TARGET != NO_BIT_IN_KERNEL
+    HAS_GATE: tl.constexpr = HAS_REGROUP and GATE_OF != NO_BIT_IN_KERNEL
+    HAS_SHARE: tl.constexpr = HAS_GATE and GATE_SHARE != NO_BIT_IN_KERNEL
+    PACKED: tl.constexpr = CLASSES * ROWS
+    kv_head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    num_rows = heads_per_kv * num_queries
+    # ROWS is a multiple of ROWS_APART: all rows of this program were of one program there.
+    first_row = tl.program_id(0) * ROWS_APART
+    in_merged = tl.arange(0, CLASSES * ROWS_APART)
+    row_class = in_merged // ROWS_APART
+    row = first_row + in_merged % ROWS_APART
+    num_groups = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * ROW_BLOCKS
+    group = (batch * tl.num_programs(1) + kv_head) * ROW_BLOCKS + first_row // ROWS
+    parts, statistics = _parts(workspace, group, num_groups, num_splits, PACKED, DV)
+    packed = _merged(
+        parts,
+        statistics,
+        num_splits,
+        row_class * ROWS + row % ROWS,
+        (row < num_rows) & (row_class < (3 if HAS_TARGET else CLASSES)),
+        HAS_GATE,
+        HAS_SHARE,
+        PACKED,
+        DV,
+        BLOCK_DV,
+        AT_ONCE_APART,
+        MERGE_STAGES,
+    )
+    _finish(
+        packed,
+        first_row + tl.arange(0, ROWS_APART),
+        num_rows,
+        num_queries,
+        kv_head * heads_per_kv,
+        batch,
+        output,
+        o_b,
+        o_h,
+        o_n,
+        log_sum_exp,
+        num_heads,
+        sinks,
+        sinks_stride_b,
+        sinks_stride_h,
+        sinks_stride_n,
+        row_codes,
+        row_codes_stride,
+        regroup,
+        gain,
+        gain_b,
+        offset,
+        offset_b,
+        HAS_SINKS,
+        HAS_ROW_CODES,
+        HAS_REGROUP,
+        HAS_TARGET,
+        GATE_OF,
+        GATE_SHARE,
+        REGROUP_ROW,
+        HAS_AFFINE,
+        HAS_OFFSET,
+        AFFINE_ROW,
+        WRITE_LSE,
+        CLASSES,
+        DV,
+        BLOCK_DV,
+    )
 
 
 def edited_decode(
@@ -707,7 +860,13 @@ def edited_decode(
                 stop = min(num_keys, inputs.window + num_queries)
             elif inputs.window is not None:
                 start = max(0, query_offset - inputs.window + 1)
-        splits = number_of_splits(groups, -(-max(0, stop - start) // layout.block_m), _multiprocessors(query.device))
+        splits = number_of_splits(
+            groups,
+            -(-max(0, stop - start) // layout.block_m),
+            _multiprocessors(query.device),
+            MOST_SPLITS if edits.classes == 1 else MOST_SPLITS_OF_CLASSES,
+        )
+    merge_apart = splits > 1 and (edits.classes > 1 or splits * layout.merged > MOST_MERGED_IN_PLACE)
 
     output = value.new_empty(batch, num_queries, num_heads, value_dim)
     log_sum_exp = (
@@ -718,7 +877,8 @@ def edited_decode(
     workspace, counters = None, None
     if splits > 1:
         workspace = torch.empty(groups * splits * layout.of_split, dtype=torch.float32, device=query.device)
-        counters = _counters(query.device, groups)
+        if not merge_apart:
+            counters = _counters(query.device, groups)
     sinks = inputs.sink_logits
     strides = (
         *query.stride()[:3],
@@ -759,6 +919,20 @@ def edited_decode(
         *edits.arguments,
     )
     grid = (splits, kv_heads * layout.row_blocks, batch)
+    merge_arguments = (
+        output,
+        log_sum_exp,
+        workspace,
+        splits,
+        *strides[9:],
+        num_heads,
+        group,
+        num_queries,
+        sinks,
+        *sinks_strides,
+        *edits.merge_arguments,
+    )
+    merge_grid = (-(-num_rows // layout.rows_apart), kv_heads, batch)
     # Triton looks at every argument of every launch, which takes longer than all of the above. A call that is like an
     # earlier one in all that Triton compiles for goes to the compiled kernel.
     alike = None
@@ -777,11 +951,14 @@ def edited_decode(
             None if sinks is None else (sinks.dtype, sinks_strides),
             return_log_sum_exp,
             splits == 1,
+            merge_apart,
         )
         compiled = edits.compiled.get(alike)
         if compiled is not None:
-            kernel, constants = compiled
+            kernel, constants, merge, merge_constants = compiled
             kernel[grid](*arguments, *constants)
+            if merge_apart:
+                merge[merge_grid](*merge_arguments, *merge_constants)
             return _result(output, log_sum_exp)
     by_name = {
         "CAUSAL": inputs.causal,
@@ -795,20 +972,29 @@ def edited_decode(
         "HAS_SINKS": sinks is not None,
         "WRITE_LSE": return_log_sum_exp,
         "ONE_SPLIT": splits == 1,
+        "MERGE_APART": merge_apart,
         # The compiler shares the stages out between a look-up in the page table and the load that waits for it.
         "STAGES": 2 * layout.stages - 1 if paged else layout.stages,
         **edits.constants,
         **layout.constants,
     }
-    kernel = _edited_decode[grid](*arguments, **by_name)
+    constants = tuple(by_name[name] for name in _CONSTANT_NAMES)
+    kernel = _edited_decode[grid](*arguments, *constants, num_warps=layout.warps)
+    merge, merge_constants = None, tuple(by_name[name] for name in _MERGE_CONSTANT_NAMES)
+    if merge_apart:
+        merge = _merge[merge_grid](*merge_arguments, *merge_constants, num_warps=WARPS_OF_MERGE)
     # Triton's interpreter returns nothing.
     if alike is not None and kernel is not None:
-        edits.compiled[alike] = kernel, tuple(by_name[name] for name in _CONSTANT_NAMES)
+        edits.compiled[alike] = kernel, constants, merge, merge_constants
     return _result(output, log_sum_exp)
 
 
-# In the kernel's order, as a compiled kernel takes them.
-_CONSTANT_NAMES = tuple(name for name, kind in _edited_decode.fn.__annotations__.items() if "constexpr" in str(kind))
+def _constant_names(kernel: Any) -> tuple[str, ...]:
+    """In the kernel's order, as a compiled kernel takes them."""
+    return tuple(name for name, kind in kernel.fn.__annotations__.items() if "constexpr" in str(kind))
+
+
+_CONSTANT_NAMES, _MERGE_CONSTANT_NAMES = _constant_names(_edited_decode), _constant_names(_merge)
 
 
 def _result(output: Tensor, log_sum_exp: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
@@ -838,13 +1024,15 @@ def _all_aligned(
 
 @dataclass(frozen=True, eq=False)
 class _Edits:
-    """What the kernel takes of lowered edits: its positional arguments and its constants."""
+    """What the kernels take of lowered edits: their positional arguments and their constants."""
 
     arguments: tuple[Tensor | int | None, ...]
+    merge_arguments: tuple[Tensor | int | None, ...]
     constants: dict[str, int | bool]
     classes: int  # of keys: 1, or 2 or 3 with a Regroup, padded to a power of two
     orders: bool
-    compiled: dict[tuple[object, ...], tuple[Any, tuple[Any, ...]]] = field(default_factory=dict)
+    # Both kernels, each with its constants.
+    compiled: dict[tuple[object, ...], tuple[Any, tuple[Any, ...], Any, tuple[Any, ...]]] = field(default_factory=dict)
 
 
 def _edits(lowered: LoweredEdits) -> _Edits:
@@ -855,6 +1043,14 @@ def _edits(lowered: LoweredEdits) -> _Edits:
     regroup, values = lowered.regroup, lowered.order_values
     codes, row_codes, gain, offset = lowered.key_codes, lowered.row_codes, lowered.gain, lowered.offset
     has_codes = codes.shape[2] > 0 and lowered.edits_weights
+    of_rows = (row_codes, 0 if row_codes is None else _batch_stride(row_codes))
+    of_output = (
+        None if regroup is None else regroup.coefficients,
+        gain,
+        0 if gain is None else _batch_stride(gain),
+        offset,
+        0 if offset is None else _batch_stride(offset),
+    )
     arguments: tuple[Tensor | int | None, ...] = (
         None if values is None else _last_contiguous(values[0]),
         None if values is None else _last_contiguous(values[1]),
@@ -865,15 +1061,10 @@ def _edits(lowered: LoweredEdits) -> _Edits:
         _batch_stride(codes),
         codes.stride(1),
         codes.shape[2],
-        row_codes,
-        0 if row_codes is None else _batch_stride(row_codes),
+        *of_rows,
         lowered.map_coefficients,
         lowered.pair_heads,
-        None if regroup is None else regroup.coefficients,
-        gain,
-        0 if gain is None else _batch_stride(gain),
-        offset,
-        0 if offset is None else _batch_stride(offset),
+        *of_output,
     )
     constants: dict[str, int | bool] = {
         "HAS_VALUES": values is not None,
@@ -898,7 +1089,7 @@ def _edits(lowered: LoweredEdits) -> _Edits:
         "AFFINE_ROW": lowered.affine_row,
     }
     classes = 1 if regroup is None else 2 if regroup.target == NO_BIT else 4
-    known = _Edits(arguments, constants, classes, lowered.num_pairs > 0 or values is not None)
+    known = _Edits(arguments, (*of_rows, *of_output), constants, classes, lowered.num_pairs > 0 or values is not None)
     lowered.__dict__["_decode"] = known
     return known
 
@@ -909,9 +1100,12 @@ class _Layout:
 
     constants: dict[str, int | str]
     row_blocks: int
+    rows_apart: int  # of a program that merges apart
     block_m: int
+    warps: int
     stages: int
     of_split: int  # numbers in the workspace
+    merged: int  # of those, accumulators that hold a row, without classes
 
 
 @functools.cache
@@ -930,9 +1124,7 @@ def _layout(
     row_blocks = -(-num_rows // rows)
     block_d, block_dv = max(16, _power_of_two(head_dim)), max(16, _power_of_two(value_dim))
     block_m, warps, stages = config or config_of(dtype, max(block_d, block_dv))
-    # A power of two, after each class has its accumulator.
-    at_once = MERGED_AT_ONCE // (merged_rows * block_dv) - min(classes, 3)
-    at_once = min(SPLITS_AT_ONCE, 1 << max(0, at_once.bit_length() - 1)) if at_once > 0 else 1
+    rows_apart = min(rows, ROWS_OF_MERGE // classes)
     constants: dict[str, int | str] = {
         "ROW_BLOCKS": row_blocks,
         "CLASSES": classes,
@@ -943,12 +1135,20 @@ def _layout(
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
         "BLOCK_M": block_m,
-        "AT_ONCE": at_once,
+        "ROWS_APART": rows_apart,
+        "AT_ONCE": _splits_at_once(merged_rows * block_dv),
+        "AT_ONCE_APART": _splits_at_once(classes * rows_apart * block_dv),
         "MERGE_STAGES": MERGE_STAGES,
         "PRECISION": "ieee",
-        "num_warps": warps,
     }
-    return _Layout(constants, row_blocks, block_m, stages, classes * rows * (value_dim + STATISTICS.value))
+    of_split = classes * rows * (value_dim + STATISTICS.value)
+    return _Layout(constants, row_blocks, rows_apart, block_m, warps, stages, of_split, merged=merged_rows * value_dim)
+
+
+def _splits_at_once(merged: int) -> int:
+    """How many splits of ``merged`` numbers a merge loads together: a power of two, with room for the accumulators."""
+    at_once = MERGED_AT_ONCE // merged - 1
+    return min(SPLITS_AT_ONCE, 1 << (at_once.bit_length() - 1)) if at_once > 0 else 1
 
 
 def _power_of_two(size: int) -> int:
@@ -961,9 +1161,9 @@ def config_of(dtype: torch.dtype, block_d: int) -> tuple[int, int, int]:
     return (CONFIGS_FLOAT32 if dtype == torch.float32 else CONFIGS)[max(64, block_d)]
 
 
-def number_of_splits(programs: int, tiles: int, multiprocessors: int) -> int:
+def number_of_splits(programs: int, tiles: int, multiprocessors: int, most_splits: int) -> int:
     """Into how many parts each of ``programs`` lists of ``tiles`` is cut: as equal as can be, one wave of programs."""
-    most = max(1, min(MOST_SPLITS, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // programs))
+    most = max(1, min(most_splits, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // programs))
     tiles_of_split = max(FEWEST_TILES_OF_SPLIT, -(-tiles // most))
     return max(1, -(-tiles // tiles_of_split))
 
