@@ -338,7 +338,7 @@ def test_a_call_like_an_earlier_one_goes_to_the_compiled_kernel(monkeypatch: pyt
 
     class Triton(Compiled):
         def __getitem__(self, grid: tuple[int, ...]):
-            def launch(*args: object, num_warps: int) -> Compiled:
+            def launch(*args: object, **options: object) -> Compiled:
                 launches.append((self.kernel, "triton", dict(zip(self.names, args, strict=True))))
                 return Compiled(self.kernel, self.names)
 

@@ -66,6 +66,8 @@ MERGE_STAGES = 1
 # Rows of a program of the second launch, classes counted, and its warps.
 ROWS_OF_MERGE = 4
 WARPS_OF_MERGE = 4
+# Whether the second launch starts while the first one runs, and waits on the device, where the device can.
+OVERLAP = True
 # Counters for captured calls, each of which gets its own, and for the eager calls of one stream, which share theirs.
 COUNTERS_FOR_GRAPHS = 2**20
 COUNTERS_OF_STREAM = 2**14
@@ -433,6 +435,7 @@ def _edited_decode(
     WRITE_LSE: tl.constexpr,
     ONE_SPLIT: tl.constexpr,
     MERGE_APART: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
     CLASSES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -453,6 +456,8 @@ def _edited_decode(
     PACKED: tl.constexpr = CLASSES * ROWS
     # A sum over a tile's columns crosses warps, and is left for the end, where the warps lie along the columns.
     BY_COLUMN: tl.constexpr = PACKED < 64
+    if MERGE_APART and OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
     split = tl.program_id(0)
     num_splits = tl.num_programs(0)
     kv_head = tl.program_id(1) // ROW_BLOCKS
@@ -714,6 +719,7 @@ def _merge(
     HAS_OFFSET: tl.constexpr,
     AFFINE_ROW: tl.constexpr,
     WRITE_LSE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
     CLASSES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -742,6 +748,9 @@ def _merge(
     num_groups = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * ROW_BLOCKS
     group = (batch * tl.num_programs(1) + kv_head) * ROW_BLOCKS + first_row // ROWS
     parts, statistics = _parts(workspace, group, num_groups, num_splits, PACKED, DV)
+    if OVERLAPS:
+        # All programs of the launch before have ended, and their writes are there.
+        tl.extra.cuda.gdc_wait()
     packed = _merged(
         parts,
         statistics,
@@ -919,20 +928,22 @@ def edited_decode(
         *edits.arguments,
     )
     grid = (splits, kv_heads * layout.row_blocks, batch)
-    merge_arguments = (
-        output,
-        log_sum_exp,
-        workspace,
-        splits,
-        *strides[9:],
-        num_heads,
-        group,
-        num_queries,
-        sinks,
-        *sinks_strides,
-        *edits.merge_arguments,
-    )
+    merge_arguments: tuple[Tensor | int | None, ...] = ()
     merge_grid = (-(-num_rows // layout.rows_apart), kv_heads, batch)
+    if merge_apart:
+        merge_arguments = (
+            output,
+            log_sum_exp,
+            workspace,
+            splits,
+            *strides[9:],
+            num_heads,
+            group,
+            num_queries,
+            sinks,
+            *sinks_strides,
+            *edits.merge_arguments,
+        )
     # Triton looks at every argument of every launch, which takes longer than all of the above. A call that is like an
     # earlier one in all that Triton compiles for goes to the compiled kernel.
     alike = None
@@ -960,6 +971,7 @@ def edited_decode(
             if merge_apart:
                 merge[merge_grid](*merge_arguments, *merge_constants)
             return _result(output, log_sum_exp)
+    overlaps = _overlaps(query.device)
     by_name = {
         "CAUSAL": inputs.causal,
         "HAS_WINDOW": inputs.window is not None,
@@ -973,6 +985,7 @@ def edited_decode(
         "WRITE_LSE": return_log_sum_exp,
         "ONE_SPLIT": splits == 1,
         "MERGE_APART": merge_apart,
+        "OVERLAPS": overlaps,
         # The compiler shares the stages out between a look-up in the page table and the load that waits for it.
         "STAGES": 2 * layout.stages - 1 if paged else layout.stages,
         **edits.constants,
@@ -982,7 +995,8 @@ def edited_decode(
     kernel = _edited_decode[grid](*arguments, *constants, num_warps=layout.warps)
     merge, merge_constants = None, tuple(by_name[name] for name in _MERGE_CONSTANT_NAMES)
     if merge_apart:
-        merge = _merge[merge_grid](*merge_arguments, *merge_constants, num_warps=WARPS_OF_MERGE)
+        options = {"launch_pdl": True} if overlaps else {}
+        merge = _merge[merge_grid](*merge_arguments, *merge_constants, num_warps=WARPS_OF_MERGE, **options)
     # Triton's interpreter returns nothing.
     if alike is not None and kernel is not None:
         edits.compiled[alike] = kernel, constants, merge, merge_constants
@@ -1171,6 +1185,11 @@ def number_of_splits(programs: int, tiles: int, multiprocessors: int, most_split
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 4
+
+
+@functools.cache
+def _overlaps(device: torch.device) -> bool:
+    return OVERLAP and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class _Counters:
