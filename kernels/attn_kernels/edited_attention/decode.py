@@ -107,26 +107,19 @@ def _load_given(given, given_at, stride_m, keys, num_keys, HAS_MASK: tl.constexp
 
 
 @triton.jit
-def _rows_of(per_row, which: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr):
-    """One class (ROWS,) out of (CLASSES * ROWS,)."""
-    chosen = per_row
-    if CLASSES > 1:
-        by_class = tl.reshape(per_row, [CLASSES, ROWS])
-        chosen = tl.sum(tl.where(tl.arange(0, CLASSES)[:, None] == which, by_class, 0.0), 0)
-    return chosen
-
-
-@triton.jit
 def _of_class(packed, which: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr, BLOCK_DV: tl.constexpr):
     """One class out of the packed rows of all classes."""
     accumulator, total, highest, of_total, share_total = packed
     if CLASSES > 1:
         by_class = tl.reshape(accumulator, [CLASSES, ROWS, BLOCK_DV])
         accumulator = tl.sum(tl.where(tl.arange(0, CLASSES)[:, None, None] == which, by_class, 0.0), 0)
-    total = _rows_of(total, which, CLASSES, ROWS)
-    highest = _rows_of(highest, which, CLASSES, ROWS)
-    of_total = _rows_of(of_total, which, CLASSES, ROWS)
-    share_total = _rows_of(share_total, which, CLASSES, ROWS)
+        # All statistics at once: a sum over classes crosses warps.
+        joined = tl.join(tl.join(total, highest), tl.join(of_total, share_total))
+        by_class = tl.reshape(joined, [CLASSES, ROWS, STATISTICS])
+        chosen = tl.sum(tl.where(tl.arange(0, CLASSES)[:, None, None] == which, by_class, 0.0), 0)
+        even, odd = tl.split(tl.reshape(chosen, [ROWS, 2, 2]))
+        total, highest = tl.split(even)
+        of_total, share_total = tl.split(odd)
     return accumulator, total, highest, of_total, share_total
 
 
