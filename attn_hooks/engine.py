@@ -46,7 +46,7 @@ class Result:
 
 def compute(inputs: AttentionInputs, prepared: Prepared, plain: Plain, wants_weights: bool) -> Result:
     """The call under its edits. ``plain`` runs where no edit needs the weights, or only those of some heads."""
-    if wants_weights or not inputs.query.is_cuda:
+    if wants_weights or not has_kernels(inputs):
         why = "weights asked for" if wants_weights else "no GPU"
         return _in_pytorch(inputs, prepared.primitives, plain, wants_weights, why)
     # Imported here: machines without a GPU need no Triton.
@@ -64,6 +64,11 @@ def compute(inputs: AttentionInputs, prepared: Prepared, plain: Plain, wants_wei
     vendor = prepared.vendor.pop() if prepared.vendor else None
     output, _ = dispatch.run(inputs, prepared.primitives, lowered=lowered, vendor=vendor, path=path)
     return Result(output, None, path.name, path.why, lowered.edits_weights, lowered.heads)
+
+
+def has_kernels(inputs: AttentionInputs) -> bool:
+    """Whether the kernels can run where the tensors are; without a GPU Triton is not even imported."""
+    return inputs.query.is_cuda
 
 
 def _in_pytorch(
