@@ -67,7 +67,7 @@ MERGE_STAGES = 1
 ROWS_OF_MERGE = 4
 WARPS_OF_MERGE = 4
 # Whether the second launch starts while the first one runs, and waits on the device, where the device can.
-OVERLAP = True
+OVERLAP = False
 # Counters for captured calls, each of which gets its own, and for the eager calls of one stream, which share theirs.
 COUNTERS_FOR_GRAPHS = 2**20
 COUNTERS_OF_STREAM = 2**14

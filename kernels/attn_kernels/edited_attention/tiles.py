@@ -42,11 +42,19 @@ def has_bit(code, bit: tl.constexpr):
 
 
 @triton.jit
+def tanh(x):
+    """Hyperbolic tangent. Near 0 its series, since there the exponential's form keeps few digits."""
+    square = x * x
+    series = x * (1 + square * (-1 / 3 + square * (2 / 15 - square * 17 / 315)))
+    return tl.where(tl.abs(x) < 0.2, series, 2 * tl.sigmoid(2 * x) - 1)
+
+
+@triton.jit
 def capped(logits, softcap, HAS_SOFTCAP: tl.constexpr):
     """``softcap * tanh(s / softcap)`` in units of log2."""
     if HAS_SOFTCAP:
         cap = softcap * LOG2_E
-        logits = cap * (2 * tl.sigmoid(2 * logits / cap) - 1)
+        logits = cap * tanh(logits / cap)
     return logits
 
 
