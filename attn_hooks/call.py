@@ -49,7 +49,7 @@ class AttentionCall:
 
     def shared_by_layers(self, place: tuple[object, ...], make: Callable[[], T]) -> T:
         """``make()``, once for all layers of this forward whose calls have as many keys: what depends on tokens alone."""
-        place = (*place, self.inputs.num_queries, self.inputs.num_keys)
+        place = (*place, self.inputs.num_queries, self.inputs.num_keys, self.device)
         if place not in self.of_forward:
             self.of_forward[place] = make()
         made: T = self.of_forward[place]

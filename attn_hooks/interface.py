@@ -157,7 +157,8 @@ def _prepare(
     of_layers = None
     if all(edit.same_in_layers and edit.heads_in(plan.model, plan.layer.index) is None for edit in edits):
         positions = tuple(position for position, _ in plan.edits)
-        of_layers = (plan.key, positions, heads, inputs.num_queries, inputs.num_keys, inputs.sink_logits is None)
+        size = (inputs.num_queries, inputs.num_keys)
+        of_layers = (plan.key, positions, heads, *size, inputs.sink_logits is None, inputs.query.device)
     prepared: Prepared | None = sequence.of_forward.get(of_layers) if of_layers is not None else None
     if prepared is None:
         prepared = _collect(plan, inputs, sequence, shared, heads, phase)
