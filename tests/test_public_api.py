@@ -64,6 +64,7 @@ ATTN_KERNELS = {
     "edited_attention_reference",
     "edited_weights",
     "head_affine",
+    "indices_of_heads",
     "moved_mass",
     "read_taps",
 }
