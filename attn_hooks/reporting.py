@@ -58,11 +58,22 @@ class EditReport:
 
 
 @dataclass(frozen=True)
+class PathReport:
+    """What computed the edited calls of some layers in one phase, and why that path."""
+
+    phase: str
+    path: str
+    why: str
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Report:
-    """One row an edit; ``str()`` gives a table."""
+    """One row an edit; ``str()`` gives a table and, below, the paths that computed the calls."""
 
     model: str
     edits: tuple[EditReport, ...]
+    paths: tuple[PathReport, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -74,7 +85,11 @@ class Report:
             layers = ", ".join(map(str, edit.layers)) or "-"
             mass = "-" if edit.mass_moved is None else f"{edit.mass_moved:.4f}"
             table.add_row(edit.method, calls, layers, str(edit.heads), str(edit.rows), mass)
-        return _as_text(table)
+        lines = [
+            f"{path.phase}: {path.path} in {len(path.layers)} layer{'s' * (len(path.layers) > 1)} ({path.why})"
+            for path in self.paths
+        ]
+        return "\n".join([_as_text(table), *lines])
 
 
 def explain(model: nn.Module, *edits: object) -> Explanation:
@@ -105,12 +120,20 @@ def _explain_layer(layer: LayerInfo, edits: tuple[Edit, ...], info: ModelInfo) -
     every_head = any(heads is None for heads in chosen)
     heads = sorted({head for heads in chosen if heads is not None for head in heads})
     what = ", ".join(f"{edit.method} writes {edit.writes}" for edit in recomputing)
-    if every_head or len(heads) == layer.num_heads:
+    if _on_gpu(layer):
+        sparse = any(edit.writes == "visibility" for edit in recomputing)
+        path = "PyTorch, blocks of rows" if sparse else "kernels or epilogue, chosen by call"
+    elif every_head or len(heads) == layer.num_heads:
         path = "PyTorch, blocks of rows"
     else:
         shown = ", ".join(map(str, heads))
         path = f"PyTorch, blocks of rows for heads {shown}; {layer.backend} for the others"
     return LayerExplanation(layer.index, names, path, what)
+
+
+def _on_gpu(layer: LayerInfo) -> bool:
+    parameter = next(layer.module.parameters(), None)
+    return parameter is not None and parameter.is_cuda
 
 
 def report(model: nn.Module) -> Report:
@@ -130,7 +153,11 @@ def report(model: nn.Module) -> Report:
                 mass_moved=record.mass_moved(),
             )
         )
-    return Report(wrapping.info.model_class, tuple(rows))
+    paths = tuple(
+        PathReport(phase, path, why, tuple(sorted(layers)))
+        for (phase, path, why), layers in wrapping.recorder.paths.items()
+    )
+    return Report(wrapping.info.model_class, tuple(rows), paths)
 
 
 def _as_text(table: Table) -> str:

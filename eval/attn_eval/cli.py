@@ -95,6 +95,7 @@ def info(
         for layer in found.layers
     ]
     accepted = [name for name in attn_hooks.methods() if name not in refusals]
+    paths = _paths_here()
     if as_json:
         described = {
             "model": model,
@@ -105,6 +106,7 @@ def info(
             "accepted": accepted,
             "refused": refusals,
             "left_alone": found.left_alone,
+            "paths": paths,
         }
         print(json.dumps(described, indent=2))
         return
@@ -120,6 +122,16 @@ def info(
     console.print(f"methods that fit: {', '.join(accepted) or 'none'}")
     for name, reason in refusals.items():
         console.print(f"refused: [bold]{name}[/bold]: {escape(reason)}")
+    console.print(f"on this machine edits run by: {', '.join(paths)}")
+
+
+def _paths_here() -> list[str]:
+    """What may compute an edited call on this machine."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ["pytorch (no GPU)"]
+    return ["vendor + epilogue", "vendor + last rows", "edited flash", "decode", "pytorch"]
 
 
 @app.command()

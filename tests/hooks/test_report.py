@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 import pytest
@@ -195,3 +196,17 @@ def test_power_attention_over_one_block_moves_nothing(length: int) -> None:
     model = attn_hooks.wrap(with_uniform_attention(), PowerAttention(block=2))
     run(model, length)
     assert only_report(model).mass_moved == 0
+
+
+def test_report_and_log_say_which_path_ran_and_why(caplog: pytest.LogCaptureFixture) -> None:
+    model = attn_hooks.wrap(tiny_llama(), SinkScale(scale=3.0))
+    with caplog.at_level(logging.INFO, logger="attn_hooks"), torch.no_grad():
+        for _ in range(2):
+            model(torch.tensor([[5, 6, 7]]))
+    assert [record.getMessage() for record in caplog.records] == ["prefill: pytorch (no GPU), first in layer 0"]
+    found = attn_hooks.report(model)
+    num_layers = model.config.num_hidden_layers
+    assert list(found.to_dict()["paths"]) == [
+        {"phase": "prefill", "path": "pytorch", "why": "no GPU", "layers": tuple(range(num_layers))}
+    ]
+    assert str(found).endswith(f"prefill: pytorch in {num_layers} layers (no GPU)")
