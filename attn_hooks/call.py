@@ -63,6 +63,13 @@ class AttentionCall:
     def device(self) -> torch.device:
         return self.inputs.query.device
 
+    @property
+    def fewest_tokens(self) -> int:
+        """Real tokens so far of the sample that has the fewest. Waits for the device where there is padding."""
+        if not self.inputs.padded:
+            return self.layout.length
+        return self.shared_by_layers(("fewest tokens",), lambda: int(self.layout.valid.sum(1).min()))
+
     def select_heads(self, heads: Sequence[tuple[int, int]] | None) -> Tensor | None:
         """``(H,)`` bool over the heads of this call for pairs (layer, head); None stays None: all heads."""
         if heads is None:

@@ -72,7 +72,7 @@ class Edit(BaseModel):
     ``reads`` and ``writes`` of an attention call, ``scope`` (what one output row depends on), ``head_indexed`` (names
     single heads), ``needs_lengths`` (counts from a sequence's beginning), ``keeps_state`` (remembers the prompt),
     ``crosses_layers`` (one layer's answer depends on another's, which pipelines split), ``fixed_in_decode`` (the primitives
-    of the first decode step serve all later ones: keys generated later are in none of their groups), ``same_in_layers``
+    of a decode step serve all later ones, from where ``is_settled`` on), ``same_in_layers``
     (layers whose heads it does not tell apart get the same primitives), ``constant`` (the primitives depend on the layer
     alone).
     """
@@ -109,6 +109,10 @@ class Edit(BaseModel):
     def primitives(self, call: AttentionCall) -> list[Primitive]:
         """The primitives for one call. Never computes attention itself."""
         raise NotImplementedError(f"{type(self).__name__} defines no primitives")
+
+    def is_settled(self, call: AttentionCall) -> bool:
+        """Whether no key that comes after this call can join a group; asked in decode where ``fixed_in_decode``."""
+        return True
 
     def layers_in(self, model: ModelInfo) -> tuple[int, ...]:
         """Layers in which this edit acts: its ``heads``' layers, else its ``layers``, else all."""

@@ -23,13 +23,14 @@ class Prepared:
     """What the edits of a layer answered to a call, and beside each primitive which edit it belongs to.
 
     ``lowered`` is made by the first call that runs on a GPU. ``vendor`` holds plain attention's output and log-sum-exp of
-    this call, if a method's tap has computed them.
+    this call, if a method's tap has computed them. ``is_settled``: they serve later calls of their kind, too.
     """
 
     primitives: list[Primitive]
     owners: list[int]
     lowered: LoweredEdits | None = None
     vendor: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    is_settled: bool = True
 
 
 @dataclass(frozen=True)

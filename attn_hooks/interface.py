@@ -161,10 +161,10 @@ def _prepare(
         of_layers = (plan.key, positions, heads, *size, inputs.sink_logits is None, inputs.query.device)
     prepared: Prepared | None = sequence.of_forward.get(of_layers) if of_layers is not None else None
     if prepared is None:
-        prepared = _collect(plan, inputs, sequence, shared, heads, phase)
+        prepared = _collect(plan, inputs, sequence, shared, heads, phase, for_later=kept is sequence.of_decode)
         if of_layers is not None:
             sequence.of_forward[of_layers] = prepared
-    if kept is not None:
+    if kept is not None and prepared.is_settled:
         kept[place] = prepared
     return prepared
 
@@ -208,8 +208,9 @@ def _collect(
     shared: SharedByLayers,
     heads: range,
     phase: Phase,
+    for_later: bool,
 ) -> Prepared:
-    """The primitives of all edits of the layer."""
+    """The primitives of all edits of the layer; ``for_later`` asks them whether these serve later decode steps."""
     prepared = Prepared([], [])
     for position, edit in sorted(plan.edits, key=lambda pair: STAGES.index(pair[1].writes)):
         call = AttentionCall(
@@ -233,6 +234,7 @@ def _collect(
         answered = edit.primitives(call)
         prepared.primitives.extend(answered)
         prepared.owners.extend([position] * len(answered))
+        prepared.is_settled = prepared.is_settled and (not for_later or edit.is_settled(call))
     return prepared
 
 

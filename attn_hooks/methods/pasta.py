@@ -68,6 +68,10 @@ class PASTA(Edit):
         if self.spans == "image" and model.image_token_id is None:
             raise error("needs-image", method=self.method, model=model.model_class)
 
+    def is_settled(self, call: AttentionCall) -> bool:
+        # The prompt may come one token at a time.
+        return self.prompt_length is None or call.layout.length > self.prompt_length
+
     def primitives(self, call: AttentionCall) -> list[Primitive]:
         if call.phase == "chunk" and self.prompt_length is None:
             reason = "these tokens may be prompt or generated. Set prompt_length."

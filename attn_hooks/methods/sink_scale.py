@@ -38,6 +38,9 @@ class SinkScale(Edit):
     layers: Layers | None = Field(default=None, description="layers edited, from 0; None: all")
     heads: Heads | None = Field(default=None, description="query heads edited, pairs (layer, head); None: all")
 
+    def is_settled(self, call: AttentionCall) -> bool:
+        return call.fewest_tokens >= self.sinks
+
     def primitives(self, call: AttentionCall) -> list[Primitive]:
         position = call.inputs.key_position
         keys = call.shared_by_layers(
