@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from attn_hooks import engine
 from attn_hooks.layout import TokenLayout
 from attn_kernels import AttentionInputs, Primitive, Tap, indices_of_heads, read_taps
 from attn_kernels.primitives import TapKind
@@ -91,7 +92,7 @@ class AttentionCall:
         """
         selected = None if heads is None else indices_of_heads(heads)
         rows = self.inputs.query_valid if self.inputs.padded else None
-        if self.device.type == "cuda" and kind in ("column_sum", "column_mean"):
+        if engine.has_kernels(self.inputs) and kind in ("column_sum", "column_mean"):
             from attn_kernels.edited_attention import dispatch
 
             found = dispatch.columns(self.inputs, self.earlier, selected, rows, kind == "column_mean", self.vendor)

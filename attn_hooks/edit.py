@@ -74,7 +74,7 @@ class Edit(BaseModel):
     ``crosses_layers`` (one layer's answer depends on another's, which pipelines split), ``fixed_in_decode`` (the primitives
     of a decode step serve all later ones, from where ``is_settled`` on), ``same_in_layers``
     (layers whose heads it does not tell apart get the same primitives), ``constant`` (the primitives depend on the layer
-    alone).
+    alone), ``by_pattern`` (answers with a ``Sparsity``, for which there is no kernel).
     """
 
     model_config = ConfigDict(
@@ -93,6 +93,7 @@ class Edit(BaseModel):
     fixed_in_decode: ClassVar[bool] = False
     same_in_layers: ClassVar[bool] = False
     constant: ClassVar[bool] = False
+    by_pattern: ClassVar[bool] = False
 
     def __init__(self, **parameters: Any) -> None:
         try:
@@ -156,7 +157,7 @@ class Edit(BaseModel):
                     method=self.method,
                     layer=layer,
                     model=model.model_class,
-                    layers=_ranges(model.layer_indices),
+                    layers=ranges(model.layer_indices),
                 )
 
     def refuse_phase(self, call: AttentionCall, reason: str) -> Exception:
@@ -205,7 +206,7 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _ranges(indices: tuple[int, ...]) -> str:
+def ranges(indices: tuple[int, ...]) -> str:
     """``0-7`` for consecutive indices, else the list."""
     first, last = indices[0], indices[-1]
-    return f"{first}-{last}" if len(indices) == last - first + 1 else ", ".join(map(str, indices))
+    return f"{first}-{last}" if 1 < len(indices) == last - first + 1 else ", ".join(map(str, indices))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -48,7 +50,7 @@ class Result:
 def compute(inputs: AttentionInputs, prepared: Prepared, plain: Plain, wants_weights: bool) -> Result:
     """The call under its edits. ``plain`` runs where no edit needs the weights, or only those of some heads."""
     if wants_weights or not has_kernels(inputs):
-        why = "weights asked for" if wants_weights else "no GPU"
+        why = "weights asked for" if wants_weights else "no Triton" if inputs.query.is_cuda else "no GPU"
         return _in_pytorch(inputs, prepared.primitives, plain, wants_weights, why)
     # Imported here: machines without a GPU need no Triton.
     from attn_kernels.edited_attention import dispatch
@@ -69,7 +71,13 @@ def compute(inputs: AttentionInputs, prepared: Prepared, plain: Plain, wants_wei
 
 def has_kernels(inputs: AttentionInputs) -> bool:
     """Whether the kernels can run where the tensors are; without a GPU Triton is not even imported."""
-    return inputs.query.is_cuda
+    return inputs.query.is_cuda and has_triton()
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed: its wheels are for Linux on x86-64."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def _in_pytorch(

@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass
 from io import StringIO
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from attn_hooks.edit import STAGES, Edit
+from attn_hooks.edit import STAGES, Edit, ranges
+from attn_hooks.engine import has_triton
 from attn_hooks.model_info import LayerInfo, ModelInfo, inspect_model
 from attn_hooks.registry import resolve_edits
 from attn_hooks.wrapping import check_composition, edits_in_force, wrapping_of
@@ -59,12 +61,16 @@ class EditReport:
 
 @dataclass(frozen=True)
 class PathReport:
-    """What computed the edited calls of some layers in one phase, and why that path."""
+    """What computed the edited calls of some layers in one phase, and why that path; ``str()`` is a line."""
 
     phase: str
     path: str
     why: str
     layers: tuple[int, ...]
+
+    def __str__(self) -> str:
+        where = "layer" if len(self.layers) == 1 else "layers"
+        return f"{self.phase}: {self.path} in {where} {ranges(self.layers)} ({self.why})"
 
 
 @dataclass(frozen=True)
@@ -85,11 +91,7 @@ class Report:
             layers = ", ".join(map(str, edit.layers)) or "-"
             mass = "-" if edit.mass_moved is None else f"{edit.mass_moved:.4f}"
             table.add_row(edit.method, calls, layers, str(edit.heads), str(edit.rows), mass)
-        lines = [
-            f"{path.phase}: {path.path} in {len(path.layers)} layer{'s' * (len(path.layers) > 1)} ({path.why})"
-            for path in self.paths
-        ]
-        return "\n".join([_as_text(table), *lines])
+        return "\n".join([_as_text(table), *map(str, self.paths)])
 
 
 def explain(model: nn.Module, *edits: object) -> Explanation:
@@ -113,16 +115,21 @@ def _explain_layer(layer: LayerInfo, edits: tuple[Edit, ...], info: ModelInfo) -
     if not here:
         return LayerExplanation(layer.index, names, layer.backend, "no edit in this layer: the model's own backend")
     recomputing = [edit for edit in here if edit.writes != "output"]
+    on_gpu = _on_gpu(layer)
+    refusal = _kernels_refusal(layer, here) if on_gpu else None
+    by_kernels = on_gpu and refusal is None
     if not recomputing:
         why = "head outputs only: the weights are not needed"
-        return LayerExplanation(layer.index, names, f"{layer.backend}, then gain and offset", why)
+        path = f"{layer.backend}, then gain and offset"
+        return LayerExplanation(layer.index, names, f"by call: {path}, or decode" if by_kernels else path, why)
     chosen = [edit.heads_in(info, layer.index) for edit in recomputing]
     every_head = any(heads is None for heads in chosen)
     heads = sorted({head for heads in chosen if heads is not None for head in heads})
     what = ", ".join(f"{edit.method} writes {edit.writes}" for edit in recomputing)
-    if _on_gpu(layer):
-        sparse = any(edit.writes == "visibility" for edit in recomputing)
-        path = "PyTorch, blocks of rows" if sparse else "kernels or epilogue, chosen by call"
+    if refusal:
+        what = f"{what}; no kernel for {refusal}"
+    if by_kernels:
+        path = "by call: vendor + epilogue, edited flash or decode"
     elif every_head or len(heads) == layer.num_heads:
         path = "PyTorch, blocks of rows"
     else:
@@ -134,6 +141,29 @@ def _explain_layer(layer: LayerInfo, edits: tuple[Edit, ...], info: ModelInfo) -
 def _on_gpu(layer: LayerInfo) -> bool:
     parameter = next(layer.module.parameters(), None)
     return parameter is not None and parameter.is_cuda
+
+
+def _kernels_refusal(layer: LayerInfo, edits: list[Edit]) -> str | None:
+    """What keeps every call of a layer on a GPU from the kernels, as far as that is known before a call."""
+    patterned = " + ".join(edit.method for edit in edits if edit.by_pattern)
+    reasons = {
+        "any edit without Triton": not has_triton(),
+        f"the Sparsity of {patterned}": bool(patterned),
+        "more than one Regroup": sum(edit.writes == "weights" for edit in edits) > 1,
+        "float64": any(parameter.dtype == torch.float64 for parameter in layer.module.parameters()),
+    }
+    return next((what for what, holds in reasons.items() if holds), None)
+
+
+def paths_of_machine() -> tuple[list[str], str]:
+    """The paths that an edited call may take on this machine, and why these."""
+    if not torch.cuda.is_available():
+        return ["backend + affine", "pytorch"], "no GPU"
+    device = torch.cuda.get_device_name()
+    if not has_triton():
+        return ["backend + affine", "pytorch"], f"{device}, no Triton"
+    kernels = ["decode", "backend + affine", "vendor + epilogue", "vendor + last rows", "edited flash"]
+    return [*kernels, "pytorch"], device
 
 
 def report(model: nn.Module) -> Report:

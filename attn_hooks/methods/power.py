@@ -33,6 +33,7 @@ class PowerAttention(Edit):
     head_indexed: ClassVar[bool] = True
     fixed_in_decode: ClassVar[bool] = True
     same_in_layers: ClassVar[bool] = True
+    by_pattern: ClassVar[bool] = True
 
     block: Positive = Field(default=64, description="tokens in a block")
     window_blocks: Positive = Field(default=4, description="local blocks seen, the query's own included")

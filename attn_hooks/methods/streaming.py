@@ -32,6 +32,7 @@ class Streaming(Edit):
     head_indexed: ClassVar[bool] = True
     fixed_in_decode: ClassVar[bool] = True
     same_in_layers: ClassVar[bool] = True
+    by_pattern: ClassVar[bool] = True
 
     sinks: NonNegative = Field(default=4, description="first tokens that every query sees")
     window: Positive = Field(default=1024, description="most recent tokens that a query sees, its own included")

@@ -79,6 +79,7 @@ def info(
     """Show what can be edited in a model: layers, heads, image tokens, and which methods would be refused and why."""
     import attn_hooks
     from attn_eval.loading import model_skeleton
+    from attn_hooks.reporting import paths_of_machine
 
     found = attn_hooks.inspect_model(model_skeleton(model))
     refusals = found.refusals()
@@ -95,7 +96,7 @@ def info(
         for layer in found.layers
     ]
     accepted = [name for name in attn_hooks.methods() if name not in refusals]
-    paths = _paths_here()
+    paths, why_these_paths = paths_of_machine()
     if as_json:
         described = {
             "model": model,
@@ -107,6 +108,7 @@ def info(
             "refused": refusals,
             "left_alone": found.left_alone,
             "paths": paths,
+            "why_these_paths": why_these_paths,
         }
         print(json.dumps(described, indent=2))
         return
@@ -122,16 +124,7 @@ def info(
     console.print(f"methods that fit: {', '.join(accepted) or 'none'}")
     for name, reason in refusals.items():
         console.print(f"refused: [bold]{name}[/bold]: {escape(reason)}")
-    console.print(f"on this machine edits run by: {', '.join(paths)}")
-
-
-def _paths_here() -> list[str]:
-    """What may compute an edited call on this machine."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return ["pytorch (no GPU)"]
-    return ["vendor + epilogue", "vendor + last rows", "edited flash", "decode", "pytorch"]
+    console.print(f"paths on this machine: {', '.join(paths)} ({escape(why_these_paths)})")
 
 
 @app.command()

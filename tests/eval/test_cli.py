@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
@@ -81,9 +82,12 @@ def test_info_needs_no_weights(model_folder: Path, tmp_path: Path, capsys: Any, 
     assert (described["class"], described["num_layers"], described["image_token_id"]) == ("LlamaForCausalLM", 2, None)
     assert [layer["num_kv_heads"] for layer in described["layers"]] == [2, 2]
     assert set(described["accepted"]) | set(described["refused"]) == set(attn_hooks.methods())
+    assert described["paths"][-1] == "pytorch"
+    assert torch.cuda.is_available() or described["why_these_paths"] == "no GPU"
     code, out, _ = call(capsys, monkeypatch, "info", folder)
     assert code == 0
     assert "LlamaForCausalLM, 2 layers" in out
+    assert f"paths on this machine: {', '.join(described['paths'])} ({described['why_these_paths']})" in out
 
 
 def test_info_of_a_vision_language_model_names_its_image_token(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:

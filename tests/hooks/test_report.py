@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import attn_hooks
-from attn_hooks import ACT, Ablate, Edit, HeadAffine, PowerAttention, SinkScale, Streaming
+from attn_hooks import ACT, Ablate, Edit, HeadAffine, PowerAttention, SinkScale, Streaming, reporting
 from attn_hooks.reporting import EditReport
+from attn_kernels import Primitive, Sparsity
 from tests.hooks.tiny import ACTING_EDITS, NUM_HEADS, NUM_LAYERS, gain_at, logits, prompt, tiny_llama
 
 
@@ -209,4 +210,90 @@ def test_report_and_log_say_which_path_ran_and_why(caplog: pytest.LogCaptureFixt
     assert list(found.to_dict()["paths"]) == [
         {"phase": "prefill", "path": "pytorch", "why": "no GPU", "layers": tuple(range(num_layers))}
     ]
-    assert str(found).endswith(f"prefill: pytorch in {num_layers} layers (no GPU)")
+    assert str(found).endswith(f"\nprefill: pytorch in layers 0-{num_layers - 1} (no GPU)")
+
+
+def test_paths_are_told_apart_by_phase_and_reason(caplog: pytest.LogCaptureFixture) -> None:
+    edits = (SinkScale(layers=(2,)), HeadAffine(gain=gain_at(1, 5, 3.0)))
+    model = attn_hooks.wrap(tiny_llama(attn_implementation="eager"), *edits)
+    with caplog.at_level(logging.INFO, logger="attn_hooks"):
+        run(model, 5, 1, 1)
+        model(prompt(), output_attentions=True)
+    assert str(attn_hooks.report(model)).splitlines()[-6:] == [
+        f"{phase}: {path} in layer {layer} ({why})"
+        for phase, why in (("prefill", "no GPU"), ("decode", "no GPU"), ("prefill", "weights asked for"))
+        for path, layer in (("backend + affine", 1), ("pytorch", 2))
+    ]
+    assert len(caplog.records) == 6
+    with attn_hooks.editing(model, Streaming(layers=(0,))):
+        assert attn_hooks.report(model).paths == ()
+    assert len(attn_hooks.report(model).paths) == 6
+
+
+def test_nothing_is_logged_above_info(caplog: pytest.LogCaptureFixture) -> None:
+    run(attn_hooks.wrap(tiny_llama(), "sink_scale"), 5, 1)
+    assert [record for record in caplog.records if record.name == "attn_hooks"] == []
+
+
+ON_A_GPU = {
+    "by call: vendor + epilogue, edited flash or decode": (SinkScale(), ACT(layers=(0,))),
+    "by call: sdpa, then gain and offset, or decode": (Ablate(heads={0: [3]}),),
+    "PyTorch, blocks of rows": (Streaming(), SinkScale()),
+    "PyTorch, blocks of rows for heads 1, 2; sdpa for the others": (PowerAttention(heads={0: [1, 2]}),),
+}
+
+
+@pytest.mark.parametrize(("path", "edits"), ON_A_GPU.items(), ids=list(ON_A_GPU))
+def test_explain_for_a_model_on_a_gpu(path: str, edits: tuple[Edit, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reporting, "_on_gpu", lambda layer: True)
+    first = attn_hooks.explain(tiny_llama(), *edits).layers[0]
+    assert first.path == path
+    sparse = {"streaming": "the Sparsity of streaming", "power": "the Sparsity of power"}
+    expected = next((reason for name, reason in sparse.items() if name in first.edits), None)
+    assert first.why.endswith(f"; no kernel for {expected}") if expected else "no kernel" not in first.why
+
+
+@pytest.mark.parametrize(
+    ("edits", "dtype", "triton", "reason"),
+    [
+        ((ACT(layers=(0,)), ACT(layers=(0,), beta=0.1)), torch.float32, True, "more than one Regroup"),
+        ((SinkScale(),), torch.float64, True, "float64"),
+        ((SinkScale(),), torch.float32, False, "any edit without Triton"),
+    ],
+)
+def test_explain_says_why_no_kernel_serves(
+    edits: tuple[Edit, ...], dtype: torch.dtype, triton: bool, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reporting, "_on_gpu", lambda layer: True)
+    monkeypatch.setattr(reporting, "has_triton", lambda: triton)
+    first = attn_hooks.explain(tiny_llama().to(dtype), *edits).layers[0]
+    assert first.path == "PyTorch, blocks of rows"
+    assert first.why.endswith(f"; no kernel for {reason}")
+
+
+@pytest.mark.parametrize("method", attn_hooks.methods().values(), ids=attn_hooks.methods())
+def test_methods_declare_their_patterns(method: type[Edit], monkeypatch: pytest.MonkeyPatch) -> None:
+    edit = ACTING_EDITS[method.method]
+    given: list[Primitive] = []
+    primitives = method.primitives
+
+    def listen(edit: Edit, call: attn_hooks.AttentionCall) -> list[Primitive]:
+        answered = primitives(edit, call)
+        given.extend(answered)
+        return answered
+
+    monkeypatch.setattr(method, "primitives", listen)
+    run(attn_hooks.wrap(tiny_llama(), edit), 8)
+    assert method.by_pattern == any(isinstance(primitive, Sparsity) for primitive in given)
+
+
+def test_the_paths_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert reporting.paths_of_machine() == (["backend + affine", "pytorch"], "no GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    paths, why = reporting.paths_of_machine()
+    assert {"decode", "vendor + epilogue", "edited flash", "pytorch"} <= set(paths)
+    assert why == "a GPU"
+    monkeypatch.setattr(reporting, "has_triton", lambda: False)
+    assert reporting.paths_of_machine() == (["backend + affine", "pytorch"], "a GPU, no Triton")
