@@ -5,7 +5,9 @@ Without a GPU the kernels run in Triton's interpreter, and plain attention by ed
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -28,8 +30,8 @@ from attn_kernels import (
 )
 from attn_kernels.edited_attention import dispatch
 from attn_kernels.edited_attention.edited_flash import edited_flash
-from attn_kernels.edited_attention.lowering import lower
-from tests.kernels.strategies import calls_with_edits
+from attn_kernels.edited_attention.lowering import NotLowered, lower
+from tests.kernels.strategies import calls_with_edits, primitives
 from tests.kernels.test_epilogue import plain_call
 from tests.kernels.triton_device import on_device
 
@@ -67,8 +69,36 @@ def test_whatever_is_chosen_equals_the_specification(case: tuple[AttentionInputs
     check(inputs, edits)
 
 
+@given(calls_with_edits(kinds=(LogitMap, Order, Regroup, HeadAffine)))
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_prompts_as_short_as_a_decode_step(case: tuple[AttentionInputs, list[Primitive]]) -> None:
+    """Masks, padding, windows, softcap and sink logits, as the prompt's paths see them."""
+    inputs, edits = case
+    with mock.patch.object(dispatch, "DECODE_QUERIES", 0):
+        path = check(inputs, edits)
+    refusal = dispatch.vendor_refusal(inputs)
+    if path.name != "pytorch" and refusal is not None:
+        assert path == dispatch.Path("edited flash", f"no log-sum-exp from the vendor under {refusal}")
+
+
+@given(st.data())
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_prompts_that_the_vendor_takes(data: st.DataObject) -> None:
+    """With few enough keys for an epilogue, and with too many."""
+    heads, kv_heads = data.draw(st.sampled_from([(2, 1), (3, 3), (4, 2)]))
+    inputs = plain_call(data.draw(st.integers(0, 2**31)), data.draw(st.sampled_from([17, 33])), heads, kv_heads, 1.0)
+    kinds = (LogitMap, Order, Regroup, HeadAffine)
+    edits = [data.draw(primitives(inputs, kinds)) for _ in range(data.draw(st.integers(1, 3)))]
+    most = data.draw(st.sampled_from([0, dispatch.MOST_KEYS]))
+    # A row scope without a row has its own test.
+    edits = [edit for edit in edits if getattr(edit, "rows", None) is None or bool(edit.rows.any())]
+    with mock.patch.object(dispatch, "MOST_KEYS", most):
+        path = check(inputs, edits)
+    assert path.name != "decode"
+
+
 @given(st.integers(0, 2**31), st.booleans(), st.booleans())
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_last_rows_under_edits_that_act_on_all_rows_too(seed: int, maps: bool, affine: bool) -> None:
     inputs = plain_call(seed, 150, 4, 2, 1.0)
     index = inputs.key_index
@@ -134,6 +164,131 @@ def test_heads_that_no_edit_selects_keep_the_vendors_output() -> None:
     assert not torch.equal(output[:, 1], plain[:, 1])
     inputs, edits = on_device((small(), [replace(MAP, heads=torch.tensor([False, False]))]))
     assert torch.equal(dispatch.run(inputs, edits)[0], plain)
+
+
+TO_LAST_ROWS = LogitMap((torch.arange(40) < 30)[None, None], bias=1.0, rows=(torch.arange(40) >= 35)[None])
+
+
+@pytest.mark.parametrize(
+    ("edit", "most_keys", "name"),
+    [
+        (MAP, 64, "vendor + epilogue"),
+        (Regroup(SOME_KEYS, 0.3), 64, "vendor + epilogue"),
+        (MAP, 0, "edited flash"),
+        (TO_LAST_ROWS, 0, "vendor + last rows"),
+        (HeadAffine(gain=torch.tensor([1.0, 2.0])), 64, "vendor + affine"),
+    ],
+)
+def test_other_heads_are_equal_bit_for_bit(
+    edit: Primitive, most_keys: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "MOST_KEYS", most_keys)
+    chosen = edit if isinstance(edit, HeadAffine) else replace(edit, heads=torch.tensor([False, True]))
+    inputs, edits = on_device((small(), [chosen]))
+    output, path = dispatch.run(inputs, edits)
+    plain, log_sum_exp = plain_attention(inputs)
+    assert path.name == name
+    assert torch.equal(output[:, 0], plain[:, 0])
+    assert not torch.equal(output[:, 1], plain[:, 1])
+    given, _ = dispatch.run(inputs, edits, vendor=(plain, log_sum_exp))
+    assert torch.equal(given, output)
+
+
+@pytest.mark.parametrize("fields", [{}, {"softcap": 5.0}, {"padded": True}, {"window": 8}], ids=str)
+@pytest.mark.parametrize("num_queries", [1, 40])
+def test_no_selected_head(fields: dict[str, object], num_queries: int) -> None:
+    none = torch.tensor([False, False])
+    inputs = last_queries(small(**fields), num_queries)
+    edits = [replace(MAP, heads=none), Regroup(SOME_KEYS, 0.3, heads=none), HeadAffine(replace=none)]
+    path = check(inputs, edits)
+    assert path.name != "pytorch"
+
+
+def last_queries(inputs: AttentionInputs, number: int) -> AttentionInputs:
+    first = inputs.num_queries - number
+    return replace(
+        inputs,
+        query=inputs.query[:, :, first:],
+        query_index=inputs.query_index[first:],
+        query_position=inputs.query_position[:, first:],
+        first_query=first,
+    )
+
+
+@pytest.mark.parametrize("size", [40, 41, 50, 80])
+@pytest.mark.parametrize("num_queries", [1, 7, 30])
+def test_one_lowering_serves_calls_with_more_keys(size: int, num_queries: int) -> None:
+    """Twice, since a call keeps lists and tiles on the lowered edits."""
+    prompt, edits = on_device((small(), [MAP, Regroup(SOME_KEYS, 0.3), HeadAffine(gain=torch.tensor([1.0, 2.0]))]))
+    lowered = lower(prompt, edits)
+    dispatch.run(prompt, edits, lowered=lowered)
+    later, _ = on_device((last_queries(plain_call(5, size, 2, 1, 1.0), num_queries), []))
+    expected, _ = edited_attention_reference(*on_device((later, edits), "cpu"))
+    for _ in range(2):
+        output, path = dispatch.run(later, edits, lowered=lowered)
+        assert path.name == ("decode" if num_queries <= dispatch.DECODE_QUERIES else "edited flash")
+        torch.testing.assert_close(output.double().cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.xfail(strict=True, raises=ZeroDivisionError, reason="no last row is left for the decode kernel")
+def test_many_keys_and_a_row_scope_without_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "MOST_KEYS", 0)
+    check(small(), [replace(TO_LAST_ROWS, rows=torch.zeros(1, 40, dtype=torch.bool))])
+
+
+def half_precision(head_dim: int, size: int, heads: int = 2) -> AttentionInputs:
+    inputs = plain_call(3, size, heads, 1, 1.0)
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"query": heads, "key": 1, "value": 1}
+    drawn = {name: torch.randn(1, count, size, head_dim, generator=generator) for name, count in shapes.items()}
+    return replace(inputs, scaling=head_dim**-0.5, **{name: part.bfloat16() for name, part in drawn.items()})
+
+
+@pytest.mark.parametrize(
+    "head_dim",
+    [
+        64,
+        pytest.param(80, marks=pytest.mark.xfail(strict=True, raises=KeyError, reason="tiles by head_dim unpadded")),
+        pytest.param(96, marks=pytest.mark.xfail(strict=True, raises=KeyError, reason="tiles by head_dim unpadded")),
+        128,
+    ],
+)
+def test_an_epilogue_for_each_head_dim(head_dim: int) -> None:
+    inputs, edits = on_device((half_precision(head_dim, 40), [MAP]))
+    expected, _ = edited_attention_reference(*on_device((inputs, edits), "cpu"))
+    output, path = dispatch.run(inputs, edits)
+    assert path.name == "vendor + epilogue"
+    torch.testing.assert_close(output.double().cpu(), expected, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.xfail(strict=True, raises=NotLowered, reason="decode refuses so many rows, and nothing else is tried")
+def test_many_heads_on_one_key_head() -> None:
+    """Falcon-7B has 71 query heads on one: times 16 queries more rows than the decode kernel takes."""
+    check(plain_call(2, 16, 71, 1, 1.0), [LogitMap(SOME_KEYS[..., :16], bias=1.0)])
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="only the gradients of query, key and value are seen")
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda factor: HeadAffine(gain=factor),
+        lambda factor: HeadAffine(offset=factor[:, None].expand(2, 8)),
+        lambda factor: LogitMap(SOME_KEYS, scale=factor),
+        lambda factor: LogitMap(SOME_KEYS, bias=factor),
+        lambda factor: Regroup(SOME_KEYS, factor),
+    ],
+    ids=["gain", "offset", "scale", "bias", "keep"],
+)
+@pytest.mark.parametrize("num_queries", [1, 40])
+def test_gradients_of_an_edits_factors(edit: Callable[[Tensor], Primitive], num_queries: int) -> None:
+    """The model may be frozen, as in LoFiT: nothing else asks for a gradient."""
+    inputs = on_device(last_queries(small(), num_queries))
+    factor = torch.tensor([0.5, 0.7], device=inputs.query.device, requires_grad=True)
+    # A tensor that is there already stays the same tensor.
+    output, path = dispatch.run(inputs, [on_device(edit(factor))])
+    assert path.why == "gradients"
+    output.sum().backward()
+    assert factor.grad is not None
 
 
 def test_edits_lowered_on_the_prompt_serve_later_steps() -> None:
