@@ -16,7 +16,7 @@ from torch import Tensor
 from attn_kernels.edited_attention import blocked
 from attn_kernels.edited_attention.column_pass import column_pass
 from attn_kernels.edited_attention.decode import edited_decode
-from attn_kernels.edited_attention.edited_flash import config_of, edited_flash
+from attn_kernels.edited_attention.edited_flash import _padded, config_of, edited_flash
 from attn_kernels.edited_attention.epilogue import MOST_KEYS, epilogue_
 from attn_kernels.edited_attention.head_affine import head_affine_
 from attn_kernels.edited_attention.lowering import LoweredEdits, NotLowered, lower
@@ -79,7 +79,8 @@ def vendor_refusal(inputs: AttentionInputs) -> str | None:
 
 def choose(inputs: AttentionInputs, lowered: LoweredEdits) -> Path:
     """The path of a call on a GPU whose edits could be lowered."""
-    if inputs.num_queries <= DECODE_QUERIES:
+    group = inputs.num_heads // inputs.key.shape[1]
+    if inputs.num_queries <= DECODE_QUERIES and inputs.num_queries * group <= LAST_ROWS:
         return Path("decode", "few queries")
     refusal = vendor_refusal(inputs)
     if not lowered.edits_weights:
@@ -144,6 +145,8 @@ def run(
             else:
                 head_affine_(output, lowered.unscoped, lowered.unscoped.heads)
         first = lowered.first_scoped_row
+        if first == inputs.num_queries:
+            return output, path
         last = edited_decode(_from_row(inputs, first), lowered.of_last_rows)
         assert isinstance(last, Tensor)
         if heads is None:
@@ -156,7 +159,8 @@ def run(
 
 
 def _epilogue(inputs: AttentionInputs, lowered: LoweredEdits, output: Tensor, log_sum_exp: Tensor) -> None:
-    rows = config_of(inputs.query.dtype, inputs.query.shape[-1])[0]
+    widest = max(_padded(inputs.query.shape[-1]), _padded(inputs.value.shape[-1]))
+    rows = config_of(inputs.query.dtype, widest)[0]
     flags = epilogue_(inputs, lowered, output, log_sum_exp, rows, lowered.heads)
     edited_flash(inputs, lowered, lowered.heads, output, flags)
 
@@ -217,7 +221,7 @@ def plan(
         return None, Path("pytorch", "dropout")
     if any(isinstance(edit, Tap) for edit in edits):
         return None, Path("pytorch", "a Tap reads the weights")
-    if torch.is_grad_enabled() and any(part.requires_grad for part in (inputs.query, inputs.key, inputs.value)):
+    if torch.is_grad_enabled() and _needs_gradients(inputs, edits):
         return None, Path("pytorch", "gradients")
     if lowered is None:
         try:
@@ -225,3 +229,9 @@ def plan(
         except NotLowered as reason:
             return None, Path("pytorch", str(reason))
     return lowered, choose(inputs, lowered)
+
+
+def _needs_gradients(inputs: AttentionInputs, edits: Sequence[Primitive]) -> bool:
+    """Whether a tensor of the call or a factor of its edits is to be trained: the kernels have no backward."""
+    tensors = [part for thing in (inputs, *edits) for part in vars(thing).values() if isinstance(part, Tensor)]
+    return any(tensor.requires_grad for tensor in tensors)
