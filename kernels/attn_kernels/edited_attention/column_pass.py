@@ -8,21 +8,13 @@ every pair.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from attn_kernels.edited_attention.edited_flash import (
-    _batch_stride,
-    _last_contiguous,
-    _padded,
-    _strides,
-    load_tile,
-    load_whole_tile,
-)
+from attn_kernels.edited_attention.edited_flash import load_tile, load_whole_tile
+from attn_kernels.edited_attention.launch import batch_stride, last_contiguous, multiprocessors, padded_size, strides_of
 from attn_kernels.edited_attention.lowering import LoweredEdits, NotLowered
 from attn_kernels.edited_attention.tiles import LOG2_E, capped, mapped_logits, paired_visibility, scores
 from attn_kernels.inputs import AttentionInputs
@@ -407,18 +399,18 @@ def column_pass(
     """
     if lowered is not None and lowered.regroup is not None:
         raise NotLowered("columns under a Regroup")
-    query, key = _last_contiguous(inputs.query), _last_contiguous(inputs.key)
+    query, key = last_contiguous(inputs.query), last_contiguous(inputs.key)
     batch, num_heads, num_queries, head_dim = query.shape
     num_keys = key.shape[2]
     used_heads = num_heads if heads is None else len(heads)
     result = query.new_empty(batch, used_heads, num_keys, dtype=torch.float32)
     if result.numel() == 0:
         return result
-    block_d = _padded(head_dim)
+    block_d = padded_size(head_dim)
     block_m, block_n, warps, stages = config or config_of(query.dtype, block_d)
     key_tiles, lines = triton.cdiv(num_keys, block_m), batch * used_heads
     if splits is None:
-        wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(query.device), key_tiles * lines)
+        wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(query.device), key_tiles * lines)
         splits = max(1, min(wanted, triton.cdiv(num_queries, block_n) // FEWEST_TILES))
     parts = None if splits == 1 else result.new_empty(2 if mean else 1, splits, *result.shape)
     edits = lowered if lowered is not None and lowered.edits_weights else None
@@ -436,8 +428,8 @@ def column_pass(
         key,
         log_sum_exp,
         heads,
-        None if rows is None else _last_contiguous(rows),
-        0 if rows is None else _batch_stride(_last_contiguous(rows)),
+        None if rows is None else last_contiguous(rows),
+        0 if rows is None else batch_stride(last_contiguous(rows)),
         result,
         parts,
         *query.stride()[:3],
@@ -453,19 +445,19 @@ def column_pass(
         inputs.softcap or 0.0,
         inputs.window or 0,
         valid,
-        0 if valid is None else _batch_stride(valid),
+        batch_stride(valid),
         given,
         *((0, 0, 0, 0) if given is None else given.stride()),
         None if values is None else values[0],
         None if values is None else values[1],
-        0 if values is None else _batch_stride(values[0]),
-        0 if values is None else _batch_stride(values[1]),
+        0 if values is None else batch_stride(values[0]),
+        0 if values is None else batch_stride(values[1]),
         order_heads,
         codes,
-        *((0, 0) if codes is None else _strides(codes)),
+        *strides_of(codes),
         0 if codes is None else codes.shape[-1],
         row_codes,
-        0 if row_codes is None else _batch_stride(row_codes),
+        batch_stride(row_codes),
         None if edits is None else edits.map_coefficients,
         None if edits is None else edits.pair_heads,
         splits,
@@ -509,8 +501,3 @@ def column_pass(
 def config_of(dtype: torch.dtype, block_d: int) -> tuple[int, int, int, int]:
     """Keys and rows of a tile, warps, stages."""
     return (CONFIGS_FLOAT32 if dtype == torch.float32 else CONFIGS)[max(64, block_d)]
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 2

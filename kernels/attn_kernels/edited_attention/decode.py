@@ -24,12 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attn_kernels.edited_attention.edited_flash import (
-    LOWEST_MAXIMUM,
-    _batch_stride,
-    _last_contiguous,
-    load_tile,
-)
+from attn_kernels.edited_attention.edited_flash import LOWEST_MAXIMUM, load_tile
+from attn_kernels.edited_attention.launch import batch_stride, last_contiguous, multiprocessors, power_of_two
 from attn_kernels.edited_attention.lowering import NO_BIT, LoweredEdits, NotLowered
 from attn_kernels.edited_attention.tiles import (
     LN_2,
@@ -819,7 +815,7 @@ def edited_decode(
     ``splits`` and ``config`` (keys of a tile, warps, stages) replace the built-in choice. Never waits for the device,
     unless ``inputs.first_query`` is missing.
     """
-    query, key, value = _last_contiguous(inputs.query), _last_contiguous(inputs.key), _last_contiguous(inputs.value)
+    query, key, value = last_contiguous(inputs.query), last_contiguous(inputs.key), last_contiguous(inputs.value)
     batch, num_heads, num_queries, head_dim = query.shape
     value_dim = value.shape[3]
     paged = page_table is not None
@@ -850,7 +846,7 @@ def edited_decode(
     edits = _edits(lowered)
     # A mask says itself what is visible; only an Order asks for the real keys then.
     needs_valid = inputs.padded and not paged and (given is None or edits.orders)
-    valid = _last_contiguous(inputs.key_valid).view(torch.uint8) if needs_valid else None
+    valid = last_contiguous(inputs.key_valid).view(torch.uint8) if needs_valid else None
     layout = _layout(query.dtype, num_rows, edits.classes, head_dim, value_dim, config)
     groups = batch * kv_heads * layout.row_blocks
     if splits is None:
@@ -865,7 +861,7 @@ def edited_decode(
         splits = number_of_splits(
             groups,
             -(-max(0, stop - start) // layout.block_m),
-            _multiprocessors(query.device),
+            multiprocessors(query.device),
             MOST_SPLITS if edits.classes == 1 else MOST_SPLITS_OF_CLASSES,
         )
     merge_apart = splits > 1 and (edits.classes > 1 or splits * layout.merged > MOST_MERGED_IN_PLACE)
@@ -913,7 +909,7 @@ def edited_decode(
         lengths,
         page_size,
         valid,
-        0 if valid is None else _batch_stride(valid),
+        batch_stride(valid),
         given,
         *((0, 0, 0, 0) if given is None else _broadcast_strides(given)),
         sinks,
@@ -1050,22 +1046,22 @@ def _edits(lowered: LoweredEdits) -> _Edits:
     regroup, values = lowered.regroup, lowered.order_values
     codes, row_codes, gain, offset = lowered.key_codes, lowered.row_codes, lowered.gain, lowered.offset
     has_codes = codes.shape[2] > 0 and lowered.edits_weights
-    of_rows = (row_codes, 0 if row_codes is None else _batch_stride(row_codes))
+    of_rows = (row_codes, batch_stride(row_codes))
     of_output = (
         None if regroup is None else regroup.coefficients,
         gain,
-        0 if gain is None else _batch_stride(gain),
+        batch_stride(gain),
         offset,
-        0 if offset is None else _batch_stride(offset),
+        batch_stride(offset),
     )
     arguments: tuple[Tensor | int | None, ...] = (
-        None if values is None else _last_contiguous(values[0]),
-        None if values is None else _last_contiguous(values[1]),
-        0 if values is None else _batch_stride(_last_contiguous(values[0])),
-        0 if values is None else _batch_stride(_last_contiguous(values[1])),
+        None if values is None else last_contiguous(values[0]),
+        None if values is None else last_contiguous(values[1]),
+        0 if values is None else batch_stride(last_contiguous(values[0])),
+        0 if values is None else batch_stride(last_contiguous(values[1])),
         lowered.order_heads,
         codes if has_codes else None,
-        _batch_stride(codes),
+        batch_stride(codes),
         codes.stride(1),
         codes.shape[2],
         *of_rows,
@@ -1126,10 +1122,10 @@ def _layout(
 ) -> _Layout:
     if max(head_dim, value_dim) > max(CONFIGS) or dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise NotLowered(f"decode of {dtype} with head_dim {max(head_dim, value_dim)}")
-    rows = min(max(16 // classes, _power_of_two(num_rows)), ROWS_OF_PROGRAM // classes)
-    merged_rows = min(rows, _power_of_two(num_rows))
+    rows = min(max(16 // classes, power_of_two(num_rows)), ROWS_OF_PROGRAM // classes)
+    merged_rows = min(rows, power_of_two(num_rows))
     row_blocks = -(-num_rows // rows)
-    block_d, block_dv = max(16, _power_of_two(head_dim)), max(16, _power_of_two(value_dim))
+    block_d, block_dv = max(16, power_of_two(head_dim)), max(16, power_of_two(value_dim))
     block_m, warps, stages = config or config_of(dtype, max(block_d, block_dv))
     rows_apart = min(rows, ROWS_OF_MERGE // classes)
     constants: dict[str, int | str] = {
@@ -1158,11 +1154,6 @@ def _splits_at_once(merged: int) -> int:
     return min(SPLITS_AT_ONCE, 1 << (at_once.bit_length() - 1)) if at_once > 0 else 1
 
 
-def _power_of_two(size: int) -> int:
-    """The smallest that is not below ``size``. Triton's function of that purpose is slow on the host."""
-    return 1 << (size - 1).bit_length()
-
-
 def config_of(dtype: torch.dtype, block_d: int) -> tuple[int, int, int]:
     """Keys of a tile, warps, stages."""
     return (CONFIGS_FLOAT32 if dtype == torch.float32 else CONFIGS)[max(64, block_d)]
@@ -1173,11 +1164,6 @@ def number_of_splits(programs: int, tiles: int, multiprocessors: int, most_split
     most = max(1, min(most_splits, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // programs))
     tiles_of_split = max(FEWEST_TILES_OF_SPLIT, -(-tiles // most))
     return max(1, -(-tiles // tiles_of_split))
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 4
 
 
 @functools.cache

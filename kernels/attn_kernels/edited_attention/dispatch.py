@@ -16,9 +16,10 @@ from torch import Tensor
 from attn_kernels.edited_attention import blocked
 from attn_kernels.edited_attention.column_pass import column_pass
 from attn_kernels.edited_attention.decode import edited_decode
-from attn_kernels.edited_attention.edited_flash import _padded, config_of, edited_flash
+from attn_kernels.edited_attention.edited_flash import config_of, edited_flash
 from attn_kernels.edited_attention.epilogue import MOST_KEYS, epilogue_
 from attn_kernels.edited_attention.head_affine import head_affine_
+from attn_kernels.edited_attention.launch import padded_size
 from attn_kernels.edited_attention.lowering import LoweredEdits, NotLowered, lower
 from attn_kernels.inputs import AttentionInputs
 from attn_kernels.primitives import HeadAffine, Primitive, Tap
@@ -31,8 +32,6 @@ PathName = Literal[
 DECODE_QUERIES = 16
 # The last rows of a prompt go there, too, while they are so few: queries times the query heads of a kv head.
 LAST_ROWS = 1024
-
-
 LARGEST_HEAD_DIM = 256
 
 
@@ -159,7 +158,7 @@ def run(
 
 
 def _epilogue(inputs: AttentionInputs, lowered: LoweredEdits, output: Tensor, log_sum_exp: Tensor) -> None:
-    widest = max(_padded(inputs.query.shape[-1]), _padded(inputs.value.shape[-1]))
+    widest = max(padded_size(inputs.query.shape[-1]), padded_size(inputs.value.shape[-1]))
     rows = config_of(inputs.query.dtype, widest)[0]
     flags = epilogue_(inputs, lowered, output, log_sum_exp, rows, lowered.heads)
     edited_flash(inputs, lowered, lowered.heads, output, flags)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attn_kernels.edited_attention.launch import batch_stride, last_contiguous, padded_size, strides_of
 from attn_kernels.edited_attention.lowering import NO_BIT, TILE, LoweredEdits
 from attn_kernels.edited_attention.tiles import (
     LN_2,
@@ -728,8 +729,8 @@ def _edited_flash(
         )
 
 
-# Rows and keys of a tile, warps and pipeline stages, by padded head size. Measured on an H200 at 2K and 8K tokens: for
-# head size 128, two programs of 4 warps on a multiprocessor are as fast as one of 8 or faster wherever keys are touched.
+# Rows and keys of a tile, warps and pipeline stages, by padded head size. Chosen on an H200 for
+# head size 128 at 2K and 8K tokens: two programs of 4 warps on a multiprocessor rather than one of 8.
 CONFIGS: dict[int, tuple[int, int, int, int]] = {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 64, 8, 2)}
 
 
@@ -750,13 +751,13 @@ def edited_flash(
     ``only_scoped_rows`` to the row tiles in which an edit's row scope holds.
     Inputs need a contiguous last dimension. All primitives but Sparsity; dropout is not applied.
     """
-    query, key, value = (_last_contiguous(tensor) for tensor in (inputs.query, inputs.key, inputs.value))
+    query, key, value = (last_contiguous(tensor) for tensor in (inputs.query, inputs.key, inputs.value))
     batch, num_heads, num_queries, head_dim = query.shape
     num_keys, value_dim = key.shape[2], value.shape[3]
     if output is None:
         output = value.new_empty(batch, num_queries, num_heads, value_dim).transpose(1, 2)
     log_sum_exp = query.new_empty(batch, num_heads, num_queries, dtype=torch.float32) if with_log_sum_exp else None
-    block_d, block_dv = _padded(head_dim), _padded(value_dim)
+    block_d, block_dv = padded_size(head_dim), padded_size(value_dim)
     block_n, block_m, warps, stages = config or config_of(query.dtype, max(block_d, block_dv))
     given = inputs.mask if inputs.mask is not None else inputs.bias
     if given is not None:
@@ -791,39 +792,39 @@ def edited_flash(
         inputs.softcap or 0.0,
         inputs.window or 0,
         None if valid is None else valid,
-        0 if valid is None else _batch_stride(valid),
+        batch_stride(valid),
         None if given is None else given,
         *((0, 0, 0, 0) if given is None else given.stride()),
         None if sinks is None else sinks,
         *((0, 0, 0) if sinks is None else sinks.stride()),
         None if values is None else values[0],
         None if values is None else values[1],
-        0 if values is None else _batch_stride(values[0]),
-        0 if values is None else _batch_stride(values[1]),
+        0 if values is None else batch_stride(values[0]),
+        0 if values is None else batch_stride(values[1]),
         None if lowered.order_heads is None else lowered.order_heads,
         codes,
-        *_strides(codes),
+        *strides_of(codes),
         None if rows is None else rows,
-        0 if rows is None else _batch_stride(rows),
+        batch_stride(rows),
         None if listed is None else listed.indices,
-        *((0, 0) if listed is None else _strides(listed.indices)),
+        *((0, 0) if listed is None else strides_of(listed.indices)),
         codes.shape[-1],
         None if listed is None else listed.counts,
-        *((0, 0) if listed is None else _strides(listed.counts)),
+        *((0, 0) if listed is None else strides_of(listed.counts)),
         None if listed is None else listed.tile_flags,
-        *((0, 0) if listed is None else _strides(listed.tile_flags)),
+        *((0, 0) if listed is None else strides_of(listed.tile_flags)),
         0 if listed is None else listed.tile_flags.shape[-1],
         None if tiles is None else tiles.skips,
-        0 if tiles is None else _batch_stride(tiles.skips),
+        0 if tiles is None else batch_stride(tiles.skips),
         None if tiles is None else tiles.bias,
-        0 if tiles is None else _batch_stride(tiles.bias),
+        0 if tiles is None else batch_stride(tiles.bias),
         lowered.map_coefficients,
         lowered.pair_heads,
         None if regroup is None else regroup.coefficients,
         None if lowered.gain is None else lowered.gain,
-        0 if lowered.gain is None else _batch_stride(lowered.gain),
+        batch_stride(lowered.gain),
         None if lowered.offset is None else lowered.offset,
-        0 if lowered.offset is None else _batch_stride(lowered.offset),
+        batch_stride(lowered.offset),
         CAUSAL=inputs.causal,
         HAS_WINDOW=inputs.window is not None,
         HAS_VALID=valid is not None,
@@ -876,21 +877,3 @@ def config_of(dtype: torch.dtype, block_d: int) -> tuple[int, int, int, int]:
     if dtype == torch.float32:
         return (64, 64, 4, 1) if block_d <= 128 else (16, 64, 4, 1)
     return CONFIGS[max(64, block_d)]
-
-
-def _padded(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
-
-
-def _last_contiguous(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _batch_stride(tensor: Tensor) -> int:
-    """Stride over samples; 0 where one row serves all."""
-    return 0 if tensor.shape[0] == 1 else tensor.stride(0)
-
-
-def _strides(tensor: Tensor) -> tuple[int, int]:
-    """Strides over samples and heads of ``(b, h, ...)``; 0 where one serves all."""
-    return _batch_stride(tensor), 0 if tensor.shape[1] == 1 else tensor.stride(1)

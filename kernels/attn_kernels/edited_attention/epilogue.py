@@ -18,13 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attn_kernels.edited_attention.edited_flash import (
-    _batch_stride,
-    _last_contiguous,
-    _padded,
-    _strides,
-    load_tile,
-)
+from attn_kernels.edited_attention.edited_flash import load_tile
+from attn_kernels.edited_attention.launch import batch_stride, last_contiguous, multiprocessors, padded_size, strides_of
 from attn_kernels.edited_attention.lowering import NO_BIT, LoweredEdits
 from attn_kernels.edited_attention.tiles import LOG2_E, has_bit, mapped_logits, matmul, paired_visibility, scores
 from attn_kernels.edited_attention.tiles import NO_BIT as NO_BIT_IN_KERNEL
@@ -272,7 +267,7 @@ def epilogue_(
     or full, no mask, bias, window, softcap or sink logits. A flagged tile of ``rows_per_flag`` rows must be computed by other
     means. ``heads`` (h,) int32 restricts the work to some heads.
     """
-    query, key, value = (_last_contiguous(tensor) for tensor in (inputs.query, inputs.key, inputs.value))
+    query, key, value = (last_contiguous(tensor) for tensor in (inputs.query, inputs.key, inputs.value))
     batch, num_heads, num_queries, head_dim = query.shape
     value_dim = value.shape[3]
     flags = torch.zeros(
@@ -282,9 +277,9 @@ def epilogue_(
     gain, offset = lowered.gain, lowered.offset
     block_n, warps, stages, programs = CONFIG
     # By head nothing is known on the host, and the widest tile is taken.
-    width = MOST_KEYS if codes.shape[1] > 1 else min(MOST_KEYS, _padded(listed.at_most))
+    width = MOST_KEYS if codes.shape[1] > 1 else min(MOST_KEYS, padded_size(listed.at_most))
     used_heads = num_heads if heads is None else len(heads)
-    share = triton.cdiv(programs * _multiprocessors(query.device), used_heads * batch)
+    share = triton.cdiv(programs * multiprocessors(query.device), used_heads * batch)
     _epilogue[(used_heads, min(share, triton.cdiv(num_queries, block_n)), batch)](
         query,
         key,
@@ -304,21 +299,21 @@ def epilogue_(
         inputs.query_offset,
         inputs.scaling,
         codes,
-        *_strides(codes),
+        *strides_of(codes),
         rows,
-        0 if rows is None else _batch_stride(rows),
+        batch_stride(rows),
         listed.indices,
-        *_strides(listed.indices),
+        *strides_of(listed.indices),
         codes.shape[-1],
         listed.counts,
-        *_strides(listed.counts),
+        *strides_of(listed.counts),
         lowered.map_coefficients,
         lowered.pair_heads,
         None if regroup is None else regroup.coefficients,
         gain,
-        0 if gain is None else _batch_stride(gain),
+        batch_stride(gain),
         offset,
-        0 if offset is None else _batch_stride(offset),
+        batch_stride(offset),
         GROWTH,
         SMALLEST_REMAINDER,
         CAUSAL=inputs.causal,
@@ -343,8 +338,8 @@ def epilogue_(
         FLAG_ROWS=rows_per_flag,
         D=head_dim,
         DV=value_dim,
-        BLOCK_D=_padded(head_dim),
-        BLOCK_DV=_padded(value_dim),
+        BLOCK_D=padded_size(head_dim),
+        BLOCK_DV=padded_size(value_dim),
         BLOCK_N=block_n,
         BLOCK_M=width,
         PRECISION="ieee",
@@ -352,7 +347,3 @@ def epilogue_(
         num_warps=warps,
     )
     return flags
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

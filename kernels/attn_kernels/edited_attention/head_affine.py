@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attn_kernels.edited_attention.launch import batch_stride
 from attn_kernels.edited_attention.lowering import LoweredEdits
 from attn_kernels.edited_attention.tiles import NO_BIT, has_bit
 
@@ -80,11 +81,11 @@ def head_affine_(output: Tensor, lowered: LoweredEdits, heads: Tensor | None = N
         heads,
         num_queries,
         rows,
-        _batch_stride(rows),
+        batch_stride(rows),
         gain,
-        _batch_stride(gain),
+        batch_stride(gain),
         offset,
-        _batch_stride(offset),
+        batch_stride(offset),
         HAS_HEADS=heads is not None,
         HAS_OFFSET=offset is not None,
         AFFINE_ROW=lowered.affine_row,
@@ -94,7 +95,3 @@ def head_affine_(output: Tensor, lowered: LoweredEdits, heads: Tensor | None = N
         num_warps=WARPS,
     )
     return output
-
-
-def _batch_stride(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or tensor.shape[0] == 1 else tensor.stride(0)

@@ -100,7 +100,7 @@ class LoweredEdits:
 
     def untouched(self, num_keys: int, size: int) -> UntouchedKeys:
         """The untouched keys by tiles of ``size``; made once for each size."""
-        place = (num_keys, size)
+        place = ("untouched", num_keys, size)
         if place not in self._of_codes:
             self._of_codes[place] = find_untouched(self.key_codes, num_keys, size)
         return self._of_codes[place]
@@ -108,7 +108,8 @@ class LoweredEdits:
     @cached_property
     def listed(self) -> ListedKeys:
         """The keys that some edit touches, by what Regroup does with them."""
-        place = None if self.regroup is None else (self.regroup.source, self.regroup.target)
+        regroup = self.regroup
+        place = ("listed", *((regroup.source, regroup.target) if regroup is not None else ()))
         if place not in self._of_codes:
             make = list_keys
             if self.key_codes.is_cuda:
