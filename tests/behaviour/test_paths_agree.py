@@ -5,14 +5,8 @@ On a CPU the kernels run in Triton's interpreter, on a short prompt.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 from transformers import AutoModelForCausalLM
 
 import attn_hooks

@@ -106,3 +106,32 @@ def test_tiles_touched_in_full_are_left_out_of_the_plain_loop(target_is_span: bo
     expected, _ = edited_attention_reference(*on_device((inputs, edits), "cpu"))
     output, _ = edited_flash(inputs, lower(inputs, edits), config=SMALL)
     torch.testing.assert_close(output.double().cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dims", [(64, 64), (80, 96), (96, 80), (128, 128), (256, 256)])
+def test_half_precision_and_head_sizes(dtype: torch.dtype, dims: tuple[int, int]) -> None:
+    """No further from float64 than plain attention of that dtype, twice; 71 queries fill no tile."""
+    generator = torch.Generator().manual_seed(3)
+    size, (head_dim, value_dim) = 71, dims
+    index = torch.arange(size)
+    inputs = AttentionInputs(
+        query=torch.randn(2, 4, size, head_dim, generator=generator).to(dtype),
+        key=torch.randn(2, 2, size, head_dim, generator=generator).to(dtype),
+        value=torch.randn(2, 2, size, value_dim, generator=generator).to(dtype),
+        scaling=head_dim**-0.5,
+        query_index=index,
+        key_index=index,
+        query_position=index[None],
+        key_position=index[None],
+        key_valid=(index >= torch.tensor([[0], [5]])),
+    )
+    source = ((index < 3) | (index == 40))[None, None]
+    edits: list[Primitive] = [LogitMap(source, scale=1.5), Regroup(source, keep=0.4)]
+    expected, _ = edited_attention_reference(inputs, edits)
+    plainly, _ = edited_attention_reference(inputs, [])
+    inputs, edits = on_device((inputs, edits))
+    error = (edited_flash(inputs, lower(inputs, edits), config=SMALL)[0].double().cpu() - expected).norm()
+    plain_error = (edited_flash(inputs, lower(inputs, []), config=SMALL)[0].double().cpu() - plainly).norm()
+    rounding = torch.finfo(dtype).eps / 4 * expected.norm()
+    assert error < 2 * max(plain_error, rounding)
