@@ -155,7 +155,6 @@ class ListedKeys:
 class UntouchedKeys:
     """What the plain loop visits, for codes that all heads share."""
 
-    num_keys: int
     skips: Tensor  # (b, 2) int32: first and one past the last tile of the longest run of tiles that are touched in full
     bias: Tensor  # (b, keys up to a whole tile) float32: 0 for an untouched key, minus infinity for a touched one
 
@@ -349,7 +348,7 @@ def find_untouched(key_codes: Tensor, num_keys: int, size: int) -> UntouchedKeys
     length = tiles - torch.where(full, 0, tiles).cummax(-1).values
     longest, last = length.max(-1)
     skips = torch.stack([last + 1 - longest, last + 1], dim=-1).to(torch.int32)
-    return UntouchedKeys(num_keys, skips.contiguous(), bias)
+    return UntouchedKeys(skips.contiguous(), bias)
 
 
 def _packed_keys(keys: _Bits) -> Tensor | None:
