@@ -1100,9 +1100,12 @@ def main() -> None:
     parser.add_argument("--compile-only", metavar="I/N", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="default: bench/results/edits-h200.json; none in a smoke run")
     options = parser.parse_args()
+    if not options.smoke and not torch.cuda.is_available():
+        parser.error("there is no GPU here; --smoke tries the program on the CPU")
     unknown = set(options.only or ()) - set(EDITS) - set(FURTHER_EDITS)
     if unknown:
-        parser.error(f"no such method: {', '.join(sorted(unknown))}")
+        known = ", ".join(sorted({*EDITS, *FURTHER_EDITS}))
+        parser.error(f"no such method: {', '.join(sorted(unknown))}; there are {known}")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     budget = Budget(options.budget_seconds, options.started)
     meta = environment("bench.edits", sys.argv[1:], options.commit)

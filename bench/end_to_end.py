@@ -451,6 +451,8 @@ def main() -> None:
     add_common_options(parser)
     parser.add_argument("--out", type=Path, help="default: bench/results/end-to-end-h200.json; none in a smoke run")
     options = parser.parse_args()
+    if not options.smoke and not torch.cuda.is_available():
+        parser.error("there is no GPU here; --smoke tries the program on the CPU")
     known = {*SETTINGS, "streaming"}
     unknown = set(options.only or ()) - known
     if unknown:
