@@ -104,7 +104,7 @@ def test_later_turns_keep_the_first_prompts_sinks_on_request() -> None:
 
 
 def test_heads_that_are_not_selected_stay_on_the_models_backend() -> None:
-    """Bit for bit: what layer 2 gets for them is the backend's own output."""
+    """Bit for bit: what layer 2 gets for them is the backend's own output. A kernel on a GPU computes all heads alike."""
     model, ids = llama(dtype=torch.float32), prompts()
     outputs = {}
 
@@ -118,7 +118,8 @@ def test_heads_that_are_not_selected_stay_on_the_models_backend() -> None:
             model(ids)
         handle.remove()
     plain, edited = (outputs[name].view(3, 14, 4, 8) for name in ("plain", "edited"))
-    assert torch.equal(plain[:, :, [0, 2, 3]], edited[:, :, [0, 2, 3]])
+    tolerance = 1e-5 if plain.is_cuda else 0.0
+    torch.testing.assert_close(plain[:, :, [0, 2, 3]], edited[:, :, [0, 2, 3]], rtol=tolerance, atol=tolerance)
     assert not torch.equal(plain[:, :, 1], edited[:, :, 1])
 
 

@@ -187,6 +187,8 @@ def columns(
 
     If the vendor's attention gives the log-sum-exp, its result is left in ``vendor``, or taken from there.
     """
+    if kernel_refusal(inputs) is not None:
+        return None
     try:
         lowered = lower(inputs, edits)
         if not lowered.edits_weights and vendor_refusal(inputs) is None:
@@ -206,18 +208,24 @@ def on_gpu(inputs: AttentionInputs) -> bool:
     return inputs.query.is_cuda
 
 
+def kernel_refusal(inputs: AttentionInputs) -> str | None:
+    """Why no kernel can compute this call, whatever its edits; None if they can."""
+    if not on_gpu(inputs):
+        return "no GPU"
+    if inputs.query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return str(inputs.query.dtype).removeprefix("torch.")
+    if max(inputs.query.shape[-1], inputs.value.shape[-1]) > LARGEST_HEAD_DIM:
+        return f"head_dim above {LARGEST_HEAD_DIM}"
+    return "dropout" if inputs.dropout > 0 else None
+
+
 def plan(
     inputs: AttentionInputs, edits: Sequence[Primitive], lowered: LoweredEdits | None = None
 ) -> tuple[LoweredEdits | None, Path]:
     """The lowered edits and the path of a call; no lowered edits where only the PyTorch path can do it."""
-    if not on_gpu(inputs):
-        return None, Path("pytorch", "no GPU")
-    if inputs.query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return None, Path("pytorch", str(inputs.query.dtype).removeprefix("torch."))
-    if max(inputs.query.shape[-1], inputs.value.shape[-1]) > LARGEST_HEAD_DIM:
-        return None, Path("pytorch", f"head_dim above {LARGEST_HEAD_DIM}")
-    if inputs.dropout > 0:
-        return None, Path("pytorch", "dropout")
+    refusal = kernel_refusal(inputs)
+    if refusal is not None:
+        return None, Path("pytorch", refusal)
     if any(isinstance(edit, Tap) for edit in edits):
         return None, Path("pytorch", "a Tap reads the weights")
     if torch.is_grad_enabled() and _needs_gradients(inputs, edits):
