@@ -20,14 +20,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from attn_hooks.call import AttentionCall, Phase
 from attn_hooks.edit import STAGES, Edit
-from attn_hooks.engine import Prepared, Result, compute
-from attn_hooks.errors import error
+from attn_hooks.engine import Prepared, Result, Settled, compute, run_settled, settle
+from attn_hooks.errors import AttnHooksError, error
+from attn_hooks.layout import TokenKind, TokenLayout
 from attn_hooks.model_info import HONOURED_BACKENDS, IMPLEMENTATION_PREFIX, LayerInfo, ModelInfo, eager_attention_of
 from attn_hooks.recorder import Recorder
 from attn_hooks.selected_keys import selected_keys_mask
-from attn_hooks.sequence import SequenceState, SequenceTracker, SharedByLayers, share
+from attn_hooks.sequence import SequenceState, SequenceTracker, SharedByLayers, StaticStep, is_captured, share
 from attn_hooks.tensor_parallel import local_heads
 from attn_kernels import AttentionInputs, Tap, moved_mass
+from attn_kernels.primitives import TapKind
 
 PLAN_ATTRIBUTE = "attn_hooks_plan"
 
@@ -102,12 +104,15 @@ def _forward_for(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         plan: LayerPlan | None = getattr(module, PLAN_ATTRIBUTE, None)
         if plan is None:
             return unedited(module, query, key, value, attention_mask, **kwargs)
+        step = plan.tracker.static_step
+        if step is not None:
+            return _without_host(plan, step, unedited, module, query, key, value, attention_mask, kwargs)
         return _edited(plan, unedited, module, query, key, value, attention_mask, kwargs)
 
     return attention
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason="attn_hooks edits this call on the host; see before_forward")
 def _edited(
     plan: LayerPlan,
     unedited: Callable[..., Any],
@@ -119,8 +124,9 @@ def _edited(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     inputs, sequence, shared = _read_call(plan, module, query, key, value, attention_mask, kwargs)
-    sequence.calls[plan.layer.index] += 1
-    heads = local_heads(module, query, plan.layer.num_heads, plan.model.model_class, plan.layer.index)
+    layer = plan.layer.index
+    sequence.calls[layer] += 1
+    heads = local_heads(module, query, plan.layer.num_heads, plan.model.model_class, layer)
     phase = _phase(sequence)
     prepared = _prepare(plan, inputs, sequence, shared, heads, phase)
     wants_weights = kwargs.get("output_attentions") or getattr(plan.own_config, "output_attentions", False)
@@ -131,7 +137,109 @@ def _edited(
         wants_weights=bool(wants_weights),
     )
     _record(plan, inputs, sequence, shared, prepared, heads, phase, result)
+    if sequence.preallocated and (layer not in sequence.static_step.layers or sequence.calls[layer] > 1):
+        sequence.static_step.settle(layer, _settled_for_next(plan, inputs, sequence, heads))
     return result.output.transpose(1, 2).contiguous(), result.weights
+
+
+def _settled_for_next(plan: LayerPlan, inputs: AttentionInputs, sequence: SequenceState, heads: range) -> Settled | str:
+    """The layer's edits for all decode steps from the next one on, asked for now; or why they cannot be had.
+
+    No step has been taken yet, so its query is unknown, and an edit that reads its weights has to wait for it.
+    """
+    batch, num_keys, device = inputs.query.shape[0], inputs.num_keys, inputs.query.device
+    for _, edit in plan.edits:
+        if not edit.fixed_in_decode:
+            return f"{edit.method} is asked anew at every step"
+    if sequence.calls[plan.layer.index] > 1:
+        return f"layer {plan.layer.index} runs several times"
+    if inputs.window is not None and num_keys >= inputs.window:
+        return (
+            f"the cache of layer {plan.layer.index} drops keys; give it fewer tokens than the window of {inputs.window}"
+        )
+    if sequence.layout.length >= num_keys:
+        return "the cache is full"
+    token = TokenLayout(torch.full((batch, 1), TokenKind.TEXT, dtype=torch.uint8, device=device))
+    past = sequence.layout.length
+    of_forward = sequence.of_forward.setdefault(("next",), {})
+    # A copy of what the methods keep: a step that was not taken must leave no trace there.
+    of_method = {place: dict(kept) for place, kept in sequence.of_method.items() if place[2] == plan.layer.index}
+    layout = sequence.layout.extended(token, past)
+    coming = replace(sequence, layout=layout, past=past, new=1, of_forward=of_forward, of_method=of_method)
+    if ("shared", num_keys, device) not in of_forward:
+        of_forward["shared", num_keys, device] = share(layout, 1, num_keys, device)
+    shared: SharedByLayers = of_forward["shared", num_keys, device]
+    inputs = replace(
+        inputs,
+        query=torch.full_like(inputs.query[:, :, :1], float("nan")),
+        query_index=shared.query_index,
+        key_index=shared.key_index,
+        query_position=shared.query_position,
+        key_position=shared.key_position,
+        key_valid=shared.key_valid,
+        mask=None,
+        bias=None,
+        first_query=shared.first_query,
+        padded=True,
+    )
+    try:
+        prepared = _prepare(plan, inputs, coming, shared, heads, "decode", call_type=_ComingCall)
+    except AttnHooksError as refusal:
+        return str(refusal)
+    if not prepared.is_settled:
+        return f"tokens to come can still join a group of an edit in layer {plan.layer.index}"
+    return settle(inputs, prepared, functional.pad(layout.valid.to(device), (0, num_keys - layout.length), value=True))
+
+
+class _ComingCall(AttentionCall):
+    """The first decode step, before it is taken."""
+
+    def tap(self, kind: TapKind, keys: Tensor | None = None, heads: Tensor | None = None) -> Tensor:
+        raise error(
+            "static-step", model=self.model, reason="an edit reads the first step itself, which has to run in eager"
+        )
+
+
+def _without_host(
+    plan: LayerPlan,
+    step: StaticStep,
+    unedited: Callable[..., Any],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """A decode step under settled edits, while it is compiled or captured: nothing here reads a tensor's values."""
+    settled = step.layers.get(plan.layer.index)
+    wants_weights = kwargs.get("output_attentions") or getattr(plan.own_config, "output_attentions", False)
+    refusal = None
+    if settled is None or settled.key_valid.shape[1] != key.shape[2] or query.shape[2] != 1:
+        refusal = f"layer {plan.layer.index} was called otherwise than in the forward before"
+    elif attention_mask is None or attention_mask.ndim != 4:
+        refusal = "it has no 4-D mask to tell how far the cache is filled"
+    elif wants_weights or kwargs.get("dropout") or kwargs.get("position_bias") is not None:
+        refusal = "it asks for attention weights, dropout or a position bias"
+    elif not settled.by_kernel and is_captured(query):
+        refusal = "no kernel computes its edits, and PyTorch waits for the device"
+    if refusal is not None or settled is None or attention_mask is None:
+        raise error("static-step", model=plan.model.model_class, reason=refusal)
+    _refuse_unknown(plan, kwargs)
+    plan.recorder.ran_without_host = True
+    scaling = kwargs.get("scaling")
+    output = run_settled(
+        settled,
+        query,
+        key,
+        value,
+        attention_mask[..., : key.shape[2]],
+        _sink_logits(kwargs),
+        query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        kwargs.get("softcap"),
+        plain=lambda: unedited(module, query, key, value, attention_mask, **kwargs),
+    )
+    return output, None
 
 
 def _prepare(
@@ -141,6 +249,7 @@ def _prepare(
     shared: SharedByLayers,
     heads: range,
     phase: Phase,
+    call_type: type[AttentionCall] = AttentionCall,
 ) -> Prepared:
     """The layer's primitives: made anew, or those of an earlier call where all edits say that these serve."""
     edits = [edit for _, edit in plan.edits]
@@ -161,7 +270,8 @@ def _prepare(
         of_layers = (plan.key, positions, heads, *size, inputs.sink_logits is None, inputs.query.device)
     prepared: Prepared | None = sequence.of_forward.get(of_layers) if of_layers is not None else None
     if prepared is None:
-        prepared = _collect(plan, inputs, sequence, shared, heads, phase, for_later=kept is sequence.of_decode)
+        for_later = kept is sequence.of_decode
+        prepared = _collect(plan, inputs, sequence, shared, heads, phase, for_later, call_type)
         if of_layers is not None:
             sequence.of_forward[of_layers] = prepared
     if kept is not None and prepared.is_settled:
@@ -209,11 +319,12 @@ def _collect(
     heads: range,
     phase: Phase,
     for_later: bool,
+    call_type: type[AttentionCall],
 ) -> Prepared:
     """The primitives of all edits of the layer; ``for_later`` asks them whether these serve later decode steps."""
     prepared = Prepared([], [])
     for position, edit in sorted(plan.edits, key=lambda pair: STAGES.index(pair[1].writes)):
-        call = AttentionCall(
+        call = call_type(
             inputs=inputs,
             model=plan.model.model_class,
             layer=plan.layer.index,
@@ -252,11 +363,9 @@ def _read_call(
     model, layer = plan.model.model_class, plan.layer.index
 
     def refuse(argument: str, detail: str) -> Exception:
-        return error("argument", model=model, layer=layer, argument=argument, methods=methods, detail=detail)
+        return _refused(plan, argument, detail)
 
-    for name, given in kwargs.items():
-        if name not in HONOURED | WITHOUT_INFLUENCE and given is not None and given is not False:
-            raise refuse(name, "The engine does not know what it means for the weights.")
+    _refuse_unknown(plan, kwargs)
     if functional.scaled_dot_product_attention is not _sdpa_at_import:
         raise error("context-parallel", model=model, methods=methods)
     sequence = plan.tracker.state_of_call(kwargs.get("position_ids"))
@@ -277,10 +386,6 @@ def _read_call(
         mask, bias = (attention_mask, None) if attention_mask.dtype == torch.bool else (None, attention_mask)
     elif attention_mask is not None:
         raise refuse("attention_mask", "Only 4-D masks are read.")
-    sinks = kwargs.get("s_aux")
-    sinks = kwargs.get("sinks") if sinks is None else sinks[None, :, None]
-    if isinstance(sinks, Tensor) and sinks.ndim == 4:
-        sinks = sinks.squeeze(-1)
     scaling = kwargs.get("scaling")
     is_causal = kwargs.get("is_causal")
     inputs = AttentionInputs(
@@ -298,7 +403,7 @@ def _read_call(
         causal=bool(getattr(module, "is_causal", True) if is_causal is None else is_causal),
         window=kwargs.get("sliding_window"),
         softcap=kwargs.get("softcap"),
-        sink_logits=sinks,
+        sink_logits=_sink_logits(kwargs),
         dropout=float(kwargs.get("dropout") or 0.0),
         first_query=shared.first_query,
         # transformers gives no mask where no key is padding.
@@ -308,6 +413,25 @@ def _read_call(
     if position_bias is not None:
         inputs = _with_position_bias(inputs, position_bias)
     return inputs, sequence, shared
+
+
+def _refuse_unknown(plan: LayerPlan, kwargs: dict[str, Any]) -> None:
+    for name, given in kwargs.items():
+        if name not in HONOURED | WITHOUT_INFLUENCE and given is not None and given is not False:
+            raise _refused(plan, name, "The engine does not know what it means for the weights.")
+
+
+def _refused(plan: LayerPlan, argument: str, detail: str) -> Exception:
+    methods = " + ".join(edit.method for _, edit in plan.edits)
+    model, layer = plan.model.model_class, plan.layer.index
+    return error("argument", model=model, layer=layer, argument=argument, methods=methods, detail=detail)
+
+
+def _sink_logits(kwargs: dict[str, Any]) -> Tensor | None:
+    """``(1, H, 1)`` or ``(B|1, H, N|1)``."""
+    sinks = kwargs.get("s_aux")
+    sinks = kwargs.get("sinks") if sinks is None else sinks[None, :, None]
+    return sinks.squeeze(-1) if isinstance(sinks, Tensor) and sinks.ndim == 4 else sinks
 
 
 def _with_position_bias(inputs: AttentionInputs, position_bias: Tensor) -> AttentionInputs:

@@ -43,10 +43,14 @@ def _add(sums: dict[torch.device, Tensor], value: Tensor) -> None:
 
 @dataclass
 class Recorder:
-    """One record for each edit, by its place in the list, and the paths that computed the calls."""
+    """One record for each edit, by its place in the list, and the paths that computed the calls.
+
+    ``ran_without_host``: decode steps were compiled in one graph or captured, and nobody counts how often they run.
+    """
 
     records: dict[int, EditRecord]
     paths: dict[tuple[Phase, str, str], set[int]] = field(default_factory=dict)
+    ran_without_host: bool = False
 
     def record_path(self, phase: Phase, layer: int, path: str, why: str) -> None:
         """Notes, and logs once for each phase, which path computed a layer and why."""

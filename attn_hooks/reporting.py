@@ -187,6 +187,9 @@ def report(model: nn.Module) -> Report:
         PathReport(phase, path, why, tuple(sorted(layers)))
         for (phase, path, why), layers in wrapping.recorder.paths.items()
     )
+    if wrapping.recorder.ran_without_host:
+        layers = tuple(sorted({layer for row in rows for layer in row.layers}))
+        paths += (PathReport("decode", "compiled or captured", "neither counted nor measured", layers),)
     return Report(wrapping.info.model_class, tuple(rows), paths)
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import Cache
 
+from attn_hooks.engine import Settled
 from attn_hooks.errors import error
 from attn_hooks.layout import TokenKind, TokenLayout
 from attn_hooks.model_info import ModelInfo
@@ -26,13 +27,70 @@ STATES_ATTRIBUTE = "attn_hooks_states"
 
 
 @dataclass
+class StaticStep:
+    """What decode steps take that run without the host: compiled in one graph, or replayed from a CUDA graph.
+
+    The forwards before them, with a preallocated cache, settle the edits of each layer. ``refusals`` say why one could not be
+    settled. ``length`` () long is how many tokens the cache held then. One object serves a cache for good: what the next
+    sequence settles goes where ``earlier`` has it, since a captured graph reads it there.
+    """
+
+    layers: dict[int, Settled] = field(default_factory=dict)
+    refusals: dict[int, str] = field(default_factory=dict)
+    batch: int = 0
+    length: Tensor | None = None
+    earlier: dict[int, Settled] = field(default_factory=dict)
+    captured: list[Settled] = field(default_factory=list)
+
+    def begin(self, batch: int, length: int, device: torch.device) -> None:
+        """Another sequence, or tokens that the edits settled so far may not fit."""
+        self.earlier |= self.layers
+        self.layers, self.refusals, self.batch = {}, {}, batch
+        with torch.inference_mode(False):
+            if self.length is None or self.length.device != device:
+                self.length = torch.zeros((), dtype=torch.long, device=device)
+        self.length.fill_(length)
+
+    def settle(self, layer: int, settled: Settled | str) -> None:
+        """The edits of a layer, or why they cannot be settled."""
+        before = self.earlier.pop(layer, None)
+        if isinstance(settled, str):
+            self.refusals[layer] = settled
+            self.layers.pop(layer, None)
+            if before is not None:
+                before.spoil()
+        else:
+            self.refusals.pop(layer, None)
+            self.layers[layer] = before if before is not None and before.take_over(settled) else settled
+
+    def end(self) -> None:
+        """The sequence is gone, and graphs that were captured with it must not go on unnoticed."""
+        for settled in self.layers.values():
+            settled.spoil()
+        self.layers = {}
+
+    def refuses(self, batch: int) -> str | None:
+        """Why the next step cannot run without the host."""
+        for refusal in self.refusals.values():
+            return refusal
+        if not self.layers:
+            return "no prompt with this static cache has run in eager under these edits"
+        if batch != self.batch:
+            return f"the cache holds {self.batch} sequences and this call has {batch}"
+        if torch.is_grad_enabled():
+            return "it would need gradients; use torch.no_grad() or torch.inference_mode()"
+        return None
+
+
+@dataclass
 class SequenceState:
     """The memory of one batch of sequences, from its first forward on.
 
     ``prompt_length`` is the padded length of the first forward, None if that ran unwrapped. ``preallocated`` caches are
     longer than the tokens in them. ``calls`` counts each layer's calls in the current forward. What methods keep comes
     from the prompt, which beams of one sample share, so reordering beams leaves it as it is. ``of_forward`` holds what the
-    layers of one forward share; ``of_decode`` what the decode steps after one another share.
+    layers of one forward share; ``of_decode`` what the decode steps after one another share, ``static_step`` what those
+    share that run without the host.
     """
 
     layout: TokenLayout
@@ -44,6 +102,7 @@ class SequenceState:
     of_method: dict[tuple[object, ...], dict[str, Any]] = field(default_factory=dict)
     of_forward: dict[tuple[object, ...], Any] = field(default_factory=dict)
     of_decode: dict[tuple[object, ...], Any] = field(default_factory=dict)
+    static_step: StaticStep = field(default_factory=StaticStep)
 
     def state_of(self, owner: tuple[str, int, int]) -> dict[str, Any]:
         """The memory of one edit in one layer: ``(plan, edit, layer)``. A layer that runs several times a forward (recurrent
@@ -102,16 +161,21 @@ class _InFlight(threading.local):
 
     current: SequenceState | None = None
     outer_tokens: Tensor | None = None
+    outer_given: dict[str, Any] | None = None
 
 
 class SequenceTracker:
     """Follows a decoder's forwards, so that each attention call knows its tokens, padding and phase."""
 
-    def __init__(self, decoder: nn.Module, model: ModelInfo) -> None:
+    def __init__(self, decoder: nn.Module, outer: nn.Module, model: ModelInfo) -> None:
         self.model = model
         self.key = uuid4().hex
         self.parameters = list(inspect.signature(decoder.forward).parameters)
+        self.outer_parameters = list(inspect.signature(outer.forward).parameters)
         self.in_flight = _InFlight()
+        # Set while a forward runs without the host: its calls must not ask what is in flight. Not by thread, since compiled
+        # code cannot read what is.
+        self.static_step: StaticStep | None = None
         self.of_positions: MutableMapping[Tensor, SequenceState] = WeakTensorKeyDictionary()
         # MusicGen's decoder takes its codebooks as rows of input_ids; they are one sequence.
         embeddings = getattr(decoder, "embed_tokens", None)
@@ -119,7 +183,7 @@ class SequenceTracker:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start without a sequence in flight."""
-        return vars(self) | {"in_flight": None, "of_positions": None}
+        return vars(self) | {"in_flight": None, "of_positions": None, "static_step": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, in_flight=_InFlight(), of_positions=WeakTensorKeyDictionary())
@@ -139,12 +203,59 @@ class SequenceTracker:
 
     def before_outer_forward(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the whole model: a vision-language model gives its decoder embeddings, not tokens."""
-        tokens = kwargs.get("input_ids", args[0] if args else None)
+        given = dict(zip(self.outer_parameters, args, strict=False)) | kwargs
+        tokens = given.get("input_ids")
         self.in_flight.outer_tokens = tokens if isinstance(tokens, Tensor) else None
+        self.in_flight.outer_given = given if self.model.vision is not None else None
+
+    def before_embedding(self, _embedding: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of the token embedding, for families whose generate() passes the model's own forward by."""
+        if self.in_flight.outer_tokens is None:
+            self.in_flight.outer_tokens = args[0]
 
     def before_forward(self, _decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the decoder."""
         given = dict(zip(self.parameters, args, strict=False)) | kwargs
+        self.static_step = self._without_host(given)
+        if self.static_step is None:
+            self._follow(given)
+        self.in_flight.outer_given = None
+
+    def _without_host(self, given: dict[str, Any]) -> StaticStep | None:
+        """What a decode step takes that is being compiled or captured; None where the host follows the forward.
+
+        Where it cannot be had, compiled code breaks off here and goes on with the host, or fails if it must be one graph.
+        """
+        cache = given.get("past_key_values")
+        new = given.get("input_ids")
+        new = new if new is not None else given.get("inputs_embeds")
+        compiling = torch.compiler.is_compiling()
+        if new is None or not (compiling or is_captured(new)):
+            return None
+        if compiling and (new.shape[1] != 1 or not isinstance(cache, Cache) or not cache.is_compileable):
+            return None
+        states = getattr(cache, STATES_ATTRIBUTE, {})
+        step: StaticStep = states[self.key].static_step if self.key in states else StaticStep()
+        refusal = step.refuses(new.shape[0] // self.rows_per_sequence)
+        if new.shape[1] != 1:
+            refusal = "it has several tokens"
+        if refusal is None and isinstance(cache, Cache):
+            # The cache may have been emptied since.
+            message = "attn_hooks: the cache holds another sequence than the one whose edits were settled"
+            torch._assert_async(cache.get_seq_length() >= step.length, message)
+            self.in_flight.outer_tokens = None
+            if not compiling:
+                step.captured.extend(step.layers.values())
+            return step
+        if not compiling:
+            raise error("static-step", model=self.model.model_class, reason=refusal)
+        torch._dynamo.graph_break(msg=_static_step_refused(self.model.model_class, refusal))
+        return None
+
+    @torch.compiler.disable(
+        reason="attn_hooks follows a prompt on the host; only decode steps with a static cache compile in one graph"
+    )
+    def _follow(self, given: dict[str, Any]) -> None:
         cache = given.get("past_key_values")
         past = _past_length(cache)
         tokens = given.get("input_ids")
@@ -155,21 +266,27 @@ class SequenceTracker:
         if tokens is not None and self.rows_per_sequence > 1:
             tokens = new = tokens[:: self.rows_per_sequence]
         batch, length = new.shape[:2]
-        if (
-            tokens is None
-            and self.in_flight.outer_tokens is not None
-            and self.in_flight.outer_tokens.shape == (batch, length)
-        ):
-            tokens = self.in_flight.outer_tokens
+        if tokens is None:
+            tokens = self._outer_tokens(batch, length)
         self.in_flight.outer_tokens = None
         self._refuse_packed(given, past)
         valid = _valid_tokens(given.get("attention_mask"), batch, past + length, new.device)
         new_valid = torch.ones(batch, length, dtype=torch.bool, device=new.device)
-        new_layout = TokenLayout.of_tokens(tokens, new_valid, self.model.bos_token_id, self.model.image_token_id)
-        known: SequenceState | None = getattr(cache, STATES_ATTRIBUTE, {}).get(self.key) if past else None
+        # A generated token is no image, whatever its id.
+        images = () if past and length == 1 else self.model.images_in(tokens, self.in_flight.outer_given or given)
+        new_layout = TokenLayout.of_tokens(tokens, new_valid, self.model.bos_token_id, images)
+        states: dict[str, SequenceState] = getattr(cache, STATES_ATTRIBUTE, {})
+        known = states.get(self.key) if past else None
         if known is None:
+            before = states.get(self.key)
             earlier = TokenLayout(torch.full((batch, past), TokenKind.TEXT, dtype=torch.uint8, device=new.device))
             state = SequenceState(earlier.extended(new_layout, past), prompt_length=None if past else length)
+            if before is not None:
+                state.static_step = before.static_step
+            for key, other in states.items():
+                # Of edits that were in force on this cache before, and may be again.
+                if key != self.key and not past:
+                    other.static_step.end()
         else:
             state = known
             if state.layout.kinds.shape[0] != batch:
@@ -178,9 +295,10 @@ class SequenceTracker:
             state.layout = state.layout.filled_to(past).extended(new_layout, past)
         if valid is not None:
             state.layout = state.layout.padded_as(valid)
-        if length != 1 or past != state.past + state.new:
+        if known is None or length != 1 or past != state.past + state.new:
             # Not the token after the last one: what was made for those steps may not fit.
             state.of_decode.clear()
+            state.static_step.begin(batch, past + length, new.device)
         state.past, state.new = past, length
         state.of_forward.clear()
         state.preallocated = isinstance(cache, Cache) and cache.is_compileable
@@ -188,8 +306,23 @@ class SequenceTracker:
         self.in_flight.current = state
         self._remember(cache)
 
+    def _outer_tokens(self, batch: int, length: int) -> Tensor | None:
+        """The tokens ``(B, N)`` that the whole model was given, if they are those of this forward."""
+        tokens = self.in_flight.outer_tokens
+        if tokens is None or tokens.ndim != 2 or tokens.shape[1] != length:
+            return None
+        if self.model.embeds_outside and batch % len(tokens) == 0:
+            # Embedded before generate() repeated each prompt for its beams.
+            return tokens.repeat_interleave(batch // len(tokens), dim=0)
+        return tokens if len(tokens) == batch else None
+
     def after_forward(self, _decoder: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the decoder: the cache may have been made inside."""
+        # The decoder embedded tokens of its own, which before_embedding saw.
+        self.in_flight.outer_tokens = None
+        if self.static_step is not None:
+            self.static_step = None
+            return
         candidates = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
         for candidate in candidates:
             if isinstance(candidate, Cache):
@@ -209,6 +342,16 @@ class SequenceTracker:
             return
         if bool((positions.diff(dim=-1) < 0).any()):
             raise error("packed-sequences", model=self.model.model_class)
+
+
+def is_captured(tensor: Tensor) -> bool:
+    """Whether what is computed from ``tensor`` is being captured in a CUDA graph by hand, and not by a compiler."""
+    return not torch.compiler.is_compiling() and tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+@torch._dynamo.assume_constant_result
+def _static_step_refused(model: str, reason: str) -> str:
+    return str(error("static-step", model=model, reason=reason))
 
 
 def _past_length(cache: Any) -> int:
