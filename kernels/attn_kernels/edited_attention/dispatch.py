@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from attn_kernels.edited_attention import blocked
+from attn_kernels.edited_attention import blocked, span_flash
 from attn_kernels.edited_attention.column_pass import column_pass
 from attn_kernels.edited_attention.decode import edited_decode
 from attn_kernels.edited_attention.edited_flash import config_of, edited_flash
@@ -25,7 +25,14 @@ from attn_kernels.inputs import AttentionInputs
 from attn_kernels.primitives import HeadAffine, Primitive, Tap
 
 PathName = Literal[
-    "vendor", "vendor + affine", "vendor + epilogue", "vendor + last rows", "edited flash", "decode", "pytorch"
+    "vendor",
+    "vendor + affine",
+    "vendor + epilogue",
+    "vendor + last rows",
+    "vendor + first keys",
+    "edited flash",
+    "decode",
+    "pytorch",
 ]
 
 # A call of so few queries goes to the decode kernel.
@@ -33,6 +40,8 @@ DECODE_QUERIES = 16
 # The last rows of a prompt go there, too, while they are so few: queries times the query heads of a kv head.
 LAST_ROWS = 1024
 LARGEST_HEAD_DIM = 256
+# So many keys after the last touched one are worth a call of the vendor's attention.
+FEWEST_KEYS_FOR_VENDOR = 512
 
 
 @dataclass(frozen=True)
@@ -93,18 +102,21 @@ def choose(inputs: AttentionInputs, lowered: LoweredEdits) -> Path:
     if lowered.key_codes.shape[1] > 1:
         # Lists by head come from detection and are short; where one is not, its rows are computed again.
         return Path("vendor + epilogue", "few keys by head")
-    listed = lowered.listed.at_most
+    listed = lowered.summary.at_most
     if listed <= MOST_KEYS:
         return Path("vendor + epilogue", f"{listed} touched keys")
     if lowered.scoped_rows and _few_keys(lowered.unscoped):
         last_rows = inputs.num_queries - lowered.first_scoped_row
         if last_rows * inputs.num_heads // inputs.key.shape[1] <= LAST_ROWS:
             return Path("vendor + last rows", f"{listed} touched keys in the last {last_rows} rows")
+    if lowered.heads is None and inputs.causal and inputs.num_keys - lowered.summary.end >= FEWEST_KEYS_FOR_VENDOR:
+        if _few_others(lowered, inputs, (lowered.summary.end, inputs.num_keys)):
+            return Path("vendor + first keys", f"{listed} touched keys among the first {lowered.summary.end}")
     return Path("edited flash", f"{listed} touched keys of {inputs.num_keys}")
 
 
 def _few_keys(lowered: LoweredEdits | None) -> bool:
-    return lowered is None or not lowered.edits_weights or lowered.listed.at_most <= MOST_KEYS
+    return lowered is None or not lowered.edits_weights or lowered.summary.at_most <= MOST_KEYS
 
 
 def run(
@@ -130,6 +142,10 @@ def run(
     heads = lowered.heads
     if path.name == "edited flash" and (heads is None or vendor_refusal(inputs) is not None):
         return edited_flash(inputs, lowered)[0], path
+    if path.name == "vendor + first keys":
+        return span_flash.edit_first_keys(
+            inputs, lowered, vendor_attention(_from_key(inputs, lowered.summary.end))
+        ), path
     output, log_sum_exp = vendor_attention(inputs) if vendor is None else vendor
     if path.name == "vendor" or (heads is not None and len(heads) == 0):
         return output, path
@@ -138,30 +154,71 @@ def run(
     elif path.name == "vendor + epilogue":
         _epilogue(inputs, lowered, output, log_sum_exp)
     elif path.name == "vendor + last rows":
-        if lowered.unscoped is not None:
-            if lowered.unscoped.edits_weights:
-                _epilogue(inputs, lowered.unscoped, output, log_sum_exp)
-            else:
-                head_affine_(output, lowered.unscoped, lowered.unscoped.heads)
-        first = lowered.first_scoped_row
-        if first == inputs.num_queries:
-            return output, path
-        last = edited_decode(_from_row(inputs, first), lowered.of_last_rows)
-        assert isinstance(last, Tensor)
-        if heads is None:
-            output[:, :, first:] = last
-        else:
-            output[:, :, first:].index_copy_(1, heads.long(), last[:, heads.long()])
+        _last_rows(inputs, lowered, output, log_sum_exp)
     else:
         edited_flash(inputs, lowered, heads, output)
     return output, path
 
 
-def _epilogue(inputs: AttentionInputs, lowered: LoweredEdits, output: Tensor, log_sum_exp: Tensor) -> None:
+def _epilogue(
+    inputs: AttentionInputs, lowered: LoweredEdits, output: Tensor, log_sum_exp: Tensor, stop_row: int | None = None
+) -> None:
+    flags = epilogue_(inputs, lowered, output, log_sum_exp, _rows_per_flag(inputs), lowered.heads, stop_row)
+    edited_flash(inputs, lowered, lowered.heads, output, flags, stop_row=stop_row)
+
+
+def _last_rows(inputs: AttentionInputs, lowered: LoweredEdits, output: Tensor, log_sum_exp: Tensor) -> None:
+    """The scoped edits on the rows from the first scoped one on, the others on the rows before."""
+    first, heads, unscoped = lowered.first_scoped_row, lowered.heads, lowered.unscoped
+    if first < inputs.num_queries:
+        run = (0, 0) if lowered.span is None else lowered.span.longest_run(first if inputs.causal else inputs.num_keys)
+        if run[1] - run[0] < FEWEST_KEYS_FOR_VENDOR:
+            run = (0, 0)
+        if inputs.num_queries == inputs.num_keys and _few_others(lowered, inputs, run):
+            of_run = None if run == (0, 0) else vendor_attention(_rows_and_keys(inputs, first, run))
+            span_flash.edit_last_rows_(inputs, lowered, output, first, run, of_run, heads)
+        else:
+            last = edited_decode(_from_row(inputs, first), lowered.of_last_rows)
+            assert isinstance(last, Tensor)
+            if heads is None:
+                output[:, :, first:] = last
+            else:
+                output[:, :, first:].index_copy_(1, heads.long(), last[:, heads.long()])
+    if unscoped is not None and first > 0:
+        if unscoped.edits_weights:
+            _epilogue(inputs, unscoped, output, log_sum_exp, first)
+        else:
+            head_affine_(output[:, :, :first], unscoped, unscoped.heads)
+
+
+def _rows_per_flag(inputs: AttentionInputs) -> int:
     widest = max(padded_size(inputs.query.shape[-1]), padded_size(inputs.value.shape[-1]))
-    rows = config_of(inputs.query.dtype, widest)[0]
-    flags = epilogue_(inputs, lowered, output, log_sum_exp, rows, lowered.heads)
-    edited_flash(inputs, lowered, lowered.heads, output, flags)
+    return config_of(inputs.query.dtype, widest)[0]
+
+
+def _few_others(lowered: LoweredEdits, inputs: AttentionInputs, run: tuple[int, int]) -> bool:
+    """Whether the edit is one long span of keys, and few other keys lie outside ``run``, which the vendor computes."""
+    span = lowered.span
+    return span is not None and span.others_without(*run, inputs.num_keys).shape[1] <= span_flash.MOST_OTHERS
+
+
+def _from_key(inputs: AttentionInputs, first: int) -> AttentionInputs:
+    """Queries and keys from place ``first`` on; for calls that the vendor takes."""
+    return replace(
+        inputs, query=inputs.query[:, :, first:], key=inputs.key[:, :, first:], value=inputs.value[:, :, first:]
+    )
+
+
+def _rows_and_keys(inputs: AttentionInputs, first: int, run: tuple[int, int]) -> AttentionInputs:
+    """Queries from ``first`` on and the keys of ``run``, all of which they see; for calls that the vendor takes."""
+    keys = slice(*run)
+    return replace(
+        inputs,
+        query=inputs.query[:, :, first:],
+        key=inputs.key[:, :, keys],
+        value=inputs.value[:, :, keys],
+        causal=False,
+    )
 
 
 def _from_row(inputs: AttentionInputs, first: int) -> AttentionInputs:

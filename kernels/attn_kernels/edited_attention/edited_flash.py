@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attn_kernels.edited_attention.launch import batch_stride, last_contiguous, padded_size, strides_of
+from attn_kernels.edited_attention.launch import batch_stride, can_overlap, last_contiguous, padded_size, strides_of
 from attn_kernels.edited_attention.lowering import NO_BIT, TILE, LoweredEdits
 from attn_kernels.edited_attention.tiles import (
     LN_2,
@@ -37,7 +37,7 @@ LOWEST_MAXIMUM = tl.constexpr(-1.0e30)
 
 
 @triton.jit
-def _accumulate(logits, scale, value, accumulator, total, highest, PRECISION: tl.constexpr):
+def accumulate(logits, scale, value, accumulator, total, highest, PRECISION: tl.constexpr):
     """One step of the online softmax: the new accumulator, total, running maximum, and what this step did.
 
     ``logits * scale`` is in units of log2; the product costs nothing inside the exponential's multiply and add.
@@ -274,6 +274,7 @@ def _edited_flash(
     num_heads,
     heads_per_kv,
     num_queries,
+    stop_row,
     num_keys,
     query_offset,
     scaling,
@@ -353,7 +354,7 @@ def _edited_flash(
     AFFINE_ROW: tl.constexpr,
     HAS_HEADS: tl.constexpr,
     ONLY_FLAGGED: tl.constexpr,
-    ROW_FILTER: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     WRITE_LSE: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -365,6 +366,9 @@ def _edited_flash(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    if OVERLAPS:
+        # Programs are there already when the flags are.
+        tl.extra.cuda.gdc_wait()
     # The longest programs, those of the last rows, start first.
     row_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = tl.program_id(2).to(tl.int64)
@@ -373,14 +377,11 @@ def _edited_flash(
     else:
         head = tl.program_id(1).to(tl.int64)
     rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_inside = rows < num_queries
+    row_inside = rows < stop_row
     row_code = tl.zeros([BLOCK_N, 1], tl.int32)
     if HAS_ROW_CODES:
         row_code = tl.load(row_codes + batch * row_codes_stride + rows, mask=row_inside, other=0).to(tl.int32)[:, None]
-        if ROW_FILTER != 0:
-            if tl.sum(((row_code & ROW_FILTER) != 0).to(tl.int32)) == 0:
-                return
-    if ONLY_FLAGGED and tl.load(row_tiles + (batch * num_heads + head) * tl.num_programs(0) + row_tile) == 0:
+    if ONLY_FLAGGED and tl.load(row_tiles + (batch * num_heads + head) * tl.cdiv(num_queries, BLOCK_N) + row_tile) == 0:
         return
     kv_head = head // heads_per_kv
     query_index = rows + query_offset
@@ -451,7 +452,7 @@ def _edited_flash(
         if HAS_WINDOW:
             logits = tl.where((first + in_m)[None, :] > query_index[:, None] - window, logits, float("-inf"))
         value_tile = load_whole_tile(value_base + first * v_m.to(tl.int64), in_value_tile, in_dv, DV, BLOCK_DV, False)
-        accumulator, total, highest, _, _ = _accumulate(
+        accumulator, total, highest, _, _ = accumulate(
             logits, scale_later, value_tile, accumulator, total, highest, PRECISION
         )
 
@@ -497,7 +498,7 @@ def _edited_flash(
             visible = visible & (code == 0)[None, :]
         logits = tl.where(visible, logits, float("-inf"))
         value_tile = load_tile(value_base, keys.to(tl.int64) * v_m, in_dv, DV, BLOCK_DV, inside, False)
-        accumulator, total, highest, _, _ = _accumulate(logits, 1.0, value_tile, accumulator, total, highest, PRECISION)
+        accumulator, total, highest, _, _ = accumulate(logits, 1.0, value_tile, accumulator, total, highest, PRECISION)
 
     if HAS_CODES:
         source_total = tl.zeros([BLOCK_N], tl.float32)
@@ -579,11 +580,11 @@ def _edited_flash(
                 else:
                     value_tile = load_tile(value_base, keys.to(tl.int64) * v_m, in_dv, DV, BLOCK_DV, inside, False)
                     if kind == 0:
-                        accumulator, total, highest, shrink, weights = _accumulate(
+                        accumulator, total, highest, shrink, weights = accumulate(
                             logits, 1.0, value_tile, accumulator, total, highest, PRECISION
                         )
                     else:
-                        target_accumulator, target_total, highest, shrink, weights = _accumulate(
+                        target_accumulator, target_total, highest, shrink, weights = accumulate(
                             logits, 1.0, value_tile, target_accumulator, target_total, highest, PRECISION
                         )
                         accumulator = accumulator * shrink[:, None]
@@ -740,15 +741,16 @@ def edited_flash(
     heads: Tensor | None = None,
     output: Tensor | None = None,
     row_tiles: Tensor | None = None,
-    only_scoped_rows: bool = False,
     with_log_sum_exp: bool = False,
+    stop_row: int | None = None,
     config: tuple[int, int, int, int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Output ``(B, H, N, Dv)`` in the value's dtype and, on request, the log-sum-exp ``(B, H, N)`` float32, natural.
 
     ``heads`` (h,) int32 restricts the work to some heads; the others' output is left as ``output`` has it. ``row_tiles``
-    ``(B, H, tiles)`` int32 restricts it to the row tiles that are not 0 (``config_of`` says how many rows one has), and
-    ``only_scoped_rows`` to the row tiles in which an edit's row scope holds.
+    ``(B, H, tiles)`` int32 restricts it to the row tiles that are not 0 (``config_of`` says how many rows one has) and may
+    still be written by the launch before,
+    ``stop_row`` to the rows before it.
     Inputs need a contiguous last dimension. All primitives but Sparsity; dropout is not applied.
     """
     query, key, value = (last_contiguous(tensor) for tensor in (inputs.query, inputs.key, inputs.value))
@@ -770,7 +772,9 @@ def edited_flash(
     sinks = None if inputs.sink_logits is None else inputs.sink_logits.expand(batch, num_heads, num_queries)
     values = lowered.order_values
     valid = inputs.key_valid if inputs.padded else None
-    grid = (triton.cdiv(num_queries, block_n), num_heads if heads is None else len(heads), batch)
+    stop_row = num_queries if stop_row is None else stop_row
+    grid = (triton.cdiv(stop_row, block_n), num_heads if heads is None else len(heads), batch)
+    overlaps = row_tiles is not None and can_overlap(query.device)
     _edited_flash[grid](
         query,
         key,
@@ -786,6 +790,7 @@ def edited_flash(
         num_heads,
         num_heads // key.shape[1],
         num_queries,
+        stop_row,
         num_keys,
         inputs.query_offset,
         inputs.scaling,
@@ -856,7 +861,7 @@ def edited_flash(
         AFFINE_ROW=lowered.affine_row,
         HAS_HEADS=heads is not None,
         ONLY_FLAGGED=row_tiles is not None,
-        ROW_FILTER=lowered.scoped_rows if only_scoped_rows else 0,
+        OVERLAPS=overlaps,
         WRITE_LSE=with_log_sum_exp,
         D=head_dim,
         DV=value_dim,
@@ -868,6 +873,7 @@ def edited_flash(
         PRECISION="ieee",
         STAGES=stages,
         num_warps=warps,
+        **({"launch_pdl": True} if overlaps else {}),
     )
     return output, log_sum_exp
 

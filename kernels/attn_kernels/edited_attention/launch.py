@@ -36,3 +36,9 @@ def padded_size(size: int) -> int:
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; in the interpreter a few, so that work is split there as well."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 4
+
+
+@functools.cache
+def can_overlap(device: torch.device) -> bool:
+    """Whether a launch may start before the one before it has ended, and wait for it on the device."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

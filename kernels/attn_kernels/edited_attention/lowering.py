@@ -6,9 +6,11 @@ identity of the tensor). A key whose byte is 0 is touched by no edit, so the ker
 
 from __future__ import annotations
 
+import functools
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +22,10 @@ from attn_kernels.inputs import AttentionInputs
 from attn_kernels.primitives import Gate, HeadAffine, LogitMap, Order, Primitive, Regroup, Sparsity
 
 BITS = 8
+# The byte that stands for a list whose keys do not all have the same one.
+MIXED = 256
+# No key has this index.
+NO_KEY = 2**30
 # In the packed constants below, a term's bit index takes four bits; 15 says that the term has no such bit.
 NO_BIT = 15
 TILE = 64
@@ -69,10 +75,11 @@ class LoweredEdits:
         """Bits of all row scopes among the edits."""
         return sum(1 << bit for bit in set(self._row_bits) if bit != NO_BIT)
 
-    @property
-    def touched_rows(self) -> int | None:
-        """Bits of which a row needs one to be touched at all; None if some edit acts on every row."""
-        return None if NO_BIT in self._row_bits or self.order_values is not None else self.scoped_rows
+    def touched_rows(self, num_queries: int) -> tuple[int, int]:
+        """The rows (first, one past the last) outside which no edit acts. Waits for the device."""
+        if NO_BIT in self._row_bits or self.order_values is not None or self.row_codes is None:
+            return 0, num_queries
+        return self.scoped_range
 
     @property
     def _row_bits(self) -> list[int]:
@@ -84,13 +91,20 @@ class LoweredEdits:
             bits.append(self.affine_row)
         return bits
 
-    @cached_property
+    @property
     def first_scoped_row(self) -> int:
-        """The first row in any scope. Waits for the device."""
-        if self.row_codes is None:
-            return 0
+        """The first row in any scope; as many as there are rows if there is none. Waits for the device."""
+        return 0 if self.row_codes is None else self.scoped_range[0]
+
+    @cached_property
+    def scoped_range(self) -> tuple[int, int]:
+        """First row in any scope and one past the last; both the number of rows if there is none. Waits for the device."""
+        assert self.row_codes is not None
         scoped = (self.row_codes & self.scoped_rows != 0).any(0)
-        return int(torch.where(scoped, torch.arange(len(scoped), device=scoped.device), len(scoped)).min())
+        place, size = torch.arange(len(scoped), device=scoped.device), len(scoped)
+        bounds = [torch.where(scoped, place, size).min(), torch.where(scoped, place + 1, 0).max()]
+        first, stop = torch.stack(bounds).tolist()
+        return first, max(first, stop)
 
     @cached_property
     def of_last_rows(self) -> LoweredEdits:
@@ -115,6 +129,31 @@ class LoweredEdits:
             if self.key_codes.is_cuda:
                 from attn_kernels.edited_attention.compact import list_touched_keys as make  # needs Triton
             self._of_codes[place] = make(self)
+        return self._of_codes[place]
+
+    @cached_property
+    def summary(self) -> TouchedKeys:
+        """What the host knows of the touched keys. Waits for the device."""
+        regroup = self.regroup
+        place = ("summary", *((regroup.source, regroup.target) if regroup is not None else ()))
+        if place not in self._of_codes:
+            self._of_codes[place] = summarize(self)
+        return self._of_codes[place]
+
+    @cached_property
+    def span(self) -> KeySpan | None:
+        """The one long list of the edit, if it has one and no Order. Waits for the device."""
+        if self.num_pairs or self.order_values is not None or self.key_codes.shape[1] > 1:
+            return None
+        regroup = self.regroup
+        place = (
+            "span",
+            self.num_maps,
+            self.map_keys,
+            *((regroup.source, regroup.target) if regroup is not None else ()),
+        )
+        if place not in self._of_codes:
+            self._of_codes[place] = find_span(self)
         return self._of_codes[place]
 
     @cached_property
@@ -145,10 +184,55 @@ class ListedKeys:
     counts: Tensor  # (b, h, 3) int32
     tile_flags: Tensor  # (b, h, tiles of 64 keys) int8: 0 no key touched, 1 some, 2 all
 
+
+@dataclass(frozen=True)
+class KeySpan:
+    """The longest list, whose keys all get one edit."""
+
+    which: int  # 0 or 2 of the lists
+    code: int  # the byte of its keys
+    term: int  # the place of their LogitMap, or NO_BIT
+    start: int
+    stop: int
+    members: Tensor  # (b, m) bool
+    runs: list[tuple[int, int]]  # of keys that no edit touches in any sample, up to the last key with a byte
+    _others: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+
     @cached_property
-    def at_most(self) -> int:
-        """The largest number of touched keys of a head. Waits for the device."""
-        return int(self.counts.sum(-1).max()) if self.counts.numel() else 0
+    def bias(self) -> Tensor:
+        """``(b, keys from start to stop)`` float32: 0 for a key of the list, minus infinity for another."""
+        return torch.where(self.members[:, self.start : self.stop], 0.0, float("-inf"))
+
+    @cached_property
+    def has_holes(self) -> bool:
+        """Whether other keys lie between. Waits for the device."""
+        return not bool(self.members[:, self.start : self.stop].all())
+
+    def longest_run(self, before: int) -> tuple[int, int]:
+        """Of the runs, cut off at ``before``; (0, 0) if there is none."""
+        runs = [(first, min(stop, before)) for first, stop in self.runs]
+        return max(runs, key=lambda run: run[1] - run[0], default=(0, 0))
+
+    def others_without(self, first: int, stop: int, num_keys: int) -> Tensor:
+        """``(b, n)`` int32: the keys outside the list and outside ``first`` to ``stop``, ascending, filled up with NO_KEY.
+
+        Of ``num_keys`` keys. Waits for the device the first time.
+        """
+        place = (first, stop, num_keys)
+        if place not in self._others:
+            others = ~functional.pad(self.members, (0, max(0, num_keys - self.members.shape[1])))[:, :num_keys]
+            others[:, first:stop] = False
+            self._others[place] = _places(others)
+        return self._others[place]
+
+
+@dataclass(frozen=True)
+class TouchedKeys:
+    """Of the three lists, on the host."""
+
+    at_most: int  # the largest number of touched keys of a head
+    end: int  # one past the last touched key of any head
+    codes: tuple[int, int, int]  # the byte of all keys of a list, in all heads and samples; MIXED where they differ
 
 
 @dataclass(frozen=True)
@@ -189,7 +273,10 @@ class _Bits:
         length = max(tensor.shape[-1] for tensor in self.tensors)
         code: Tensor | None = None
         for bit, tensor in enumerate(self.tensors):
-            part = functional.pad(tensor.to(torch.uint8), (0, length - tensor.shape[-1]))
+            # Always a copy: a view would keep the group alive, and with it the caches below.
+            part = tensor.to(torch.uint8, copy=True)
+            if tensor.shape[-1] < length:
+                part = functional.pad(part, (0, length - tensor.shape[-1]))
             part = part << bit if bit else part
             code = part if code is None else code | part
         assert code is not None
@@ -216,13 +303,7 @@ def lower(inputs: AttentionInputs, edits: Sequence[Primitive]) -> LoweredEdits:
     map_keys = _nibbles([keys.of(edit.keys) for edit in maps])
     map_rows = _nibbles([rows.of(edit.rows) for edit in maps])
     coefficients = [
-        torch.stack(
-            [
-                _of_heads(edit.scale, 1.0, edit.heads, num_heads, device),
-                _of_heads(edit.absolute, 0.0, edit.heads, num_heads, device),
-                _of_heads(edit.bias, 0.0, edit.heads, num_heads, device),
-            ]
-        )
+        _coefficients((edit.scale, edit.absolute, edit.bias), (1.0, 0.0, 0.0), edit.heads, num_heads, device)
         for edit in maps
     ]
     pairs = [
@@ -244,12 +325,9 @@ def lower(inputs: AttentionInputs, edits: Sequence[Primitive]) -> LoweredEdits:
             gate_of=keys.of(gate.of if edit.gate else None),
             gate_share=keys.of(gate.share),
             row=rows.of(edit.rows),
-            coefficients=torch.stack(
-                [
-                    _of_heads(edit.keep, 1.0, edit.heads, num_heads, device),
-                    _of_heads(gate.at_least, 0.0, None, num_heads, device),
-                    _of_heads(gate.at_most, 0.0, None, num_heads, device),
-                ]
+            # The gate of a head that is not selected does not matter: it keeps all.
+            coefficients=_coefficients(
+                (edit.keep, gate.at_least, gate.at_most), (1.0, 0.0, 0.0), edit.heads, num_heads, device
             ),
         )
     gain, offset, affine_rows = _one_affine([edit for edit in edits if isinstance(edit, HeadAffine)], num_heads, device)
@@ -263,7 +341,7 @@ def lower(inputs: AttentionInputs, edits: Sequence[Primitive]) -> LoweredEdits:
         num_maps=len(maps),
         map_keys=map_keys,
         map_rows=map_rows,
-        map_coefficients=torch.stack(coefficients) if maps else torch.empty(0, device=device),
+        map_coefficients=torch.stack(coefficients) if maps else _nothing(device, torch.float32),
         num_pairs=len(pairs),
         pair_keys=pair_keys,
         pair_rows=pair_rows,
@@ -283,12 +361,7 @@ def list_keys(lowered: LoweredEdits) -> ListedKeys:
     """The touched keys in plain PyTorch; ``compact.py`` does it in one launch."""
     codes = lowered.key_codes
     touched = codes != 0
-    kind = torch.zeros_like(codes)
-    if lowered.regroup is not None:
-        source = (codes >> lowered.regroup.source) & 1 == 1
-        if lowered.regroup.target != NO_BIT:
-            kind = torch.where((codes >> lowered.regroup.target) & 1 == 1, 2, kind)
-        kind = torch.where(source, 1, kind)
+    kind = _list_of(lowered)
     lists, counts = [], []
     place = torch.arange(codes.shape[-1], device=codes.device, dtype=torch.int32).expand(codes.shape)
     for which in range(3):
@@ -302,6 +375,74 @@ def list_keys(lowered: LoweredEdits) -> ListedKeys:
     return ListedKeys(
         torch.stack(lists, dim=2).contiguous(), torch.stack(counts, dim=2).contiguous(), flags.contiguous()
     )
+
+
+def _list_of(lowered: LoweredEdits) -> Tensor:
+    """Which list each key is in if it is touched ``(b, h, m)`` uint8."""
+    codes = lowered.key_codes
+    kind = torch.zeros_like(codes)
+    if lowered.regroup is not None:
+        if lowered.regroup.target != NO_BIT:
+            kind = torch.where((codes >> lowered.regroup.target) & 1 == 1, 2, kind)
+        kind = torch.where((codes >> lowered.regroup.source) & 1 == 1, 1, kind)
+    return kind
+
+
+def summarize(lowered: LoweredEdits) -> TouchedKeys:
+    """From the codes, in one transfer."""
+    codes = lowered.key_codes
+    if not codes.numel():
+        return TouchedKeys(0, 0, (0, 0, 0))
+    touched, kind = codes != 0, _list_of(lowered)
+    ends = torch.where(touched, torch.arange(1, codes.shape[-1] + 1, device=codes.device), 0)
+    found = [touched.sum(-1).max(), ends.max()]
+    for which in range(3):
+        # Keys of other lists leave the least and the largest byte as they are.
+        chosen = touched & (kind == which)
+        found += [torch.where(chosen, codes, 255).min(), torch.where(chosen, codes, 0).max()]
+    at_most, end, *bytes_of_lists = torch.stack([number.long() for number in found]).tolist()
+    least, largest = bytes_of_lists[::2], bytes_of_lists[1::2]
+    first, second, third = (high if low >= high else MIXED for low, high in zip(least, largest, strict=True))
+    return TouchedKeys(at_most, end, (first, second, third))
+
+
+def find_span(lowered: LoweredEdits) -> KeySpan | None:
+    """Of codes ``(b, 1, m)``."""
+    codes, kind = lowered.key_codes[:, 0], _list_of(lowered)[:, 0]
+    if not codes.numel():
+        return None
+    lists = [(codes != 0) & (kind == which) for which in (0, 2)]
+    sizes = torch.stack([members.sum(-1).amin() for members in lists]).tolist()
+    longest = 1 if sizes[1] > sizes[0] else 0
+    members, which = lists[longest], 2 * longest
+    code = lowered.summary.codes[which]
+    terms = [term for term in range(lowered.num_maps) if code >> (lowered.map_keys >> (4 * term) & 15) & 1]
+    if code == MIXED or sizes[longest] == 0 or len(terms) > 1:
+        return None
+    of_any = members.any(0).tolist()
+    return KeySpan(
+        which=which,
+        code=code,
+        term=terms[0] if terms else NO_BIT,
+        start=of_any.index(True),
+        stop=len(of_any) - of_any[::-1].index(True),
+        members=members,
+        runs=_runs((codes == 0).all(0).tolist()),
+    )
+
+
+def _runs(chosen: list[bool]) -> list[tuple[int, int]]:
+    """(first, one past the last) of each run of True."""
+    edges = [place for place, (left, right) in enumerate(pairwise([False, *chosen, False])) if left != right]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _places(chosen: Tensor) -> Tensor:
+    """``(b, n)`` int32 from ``(b, m)`` bool: where it holds, ascending, then NO_KEY. Waits for the device."""
+    counts = chosen.sum(-1, keepdim=True)
+    order = torch.sort((~chosen).to(torch.uint8), dim=-1, stable=True).indices
+    places = torch.where(torch.arange(chosen.shape[-1], device=chosen.device) < counts, order, NO_KEY)
+    return places[:, : int(counts.max())].to(torch.int32).contiguous()
 
 
 def _selected_heads(edits: Sequence[Primitive]) -> Tensor | None:
@@ -360,8 +501,7 @@ def _packed_keys(keys: _Bits) -> Tensor | None:
     if only not in _codes_of_group:
         packed = keys.packed()
         assert packed is not None
-        # A copy: a view would keep the group alive, and with it this entry.
-        _codes_of_group[only] = packed.clone()
+        _codes_of_group[only] = packed
     return _codes_of_group[only]
 
 
@@ -372,6 +512,40 @@ def _is_scoped(edit: Primitive) -> bool:
 
 def _nibbles(bits: Sequence[int]) -> int:
     return sum(bit << (4 * place) for place, bit in enumerate(bits))
+
+
+def _coefficients(
+    values: tuple[float | Tensor, ...],
+    identities: tuple[float, ...],
+    heads: Tensor | None,
+    num_heads: int,
+    device: torch.device,
+) -> Tensor:
+    """``(len(values), H)`` float32; of numbers they are made once for each head selection."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if capturing or any(isinstance(value, Tensor) for value in values):
+        # A captured graph's memory is its own.
+        pairs = zip(values, identities, strict=True)
+        return torch.stack([_of_heads(value, identity, heads, num_heads, device) for value, identity in pairs])
+    # What is made under inference_mode could not serve training later.
+    with torch.inference_mode(False):
+        if heads is None:
+            return _coefficients_of_all_heads(values, num_heads, device)
+        known = _coefficients_of_selection.setdefault(heads, {})
+        if (values, identities) not in known:
+            identity = torch.tensor(identities, dtype=torch.float32, device=device)[:, None]
+            known[values, identities] = torch.where(
+                heads, _coefficients_of_all_heads(values, num_heads, device), identity
+            )
+        return known[values, identities]
+
+
+@functools.lru_cache(maxsize=256)
+def _coefficients_of_all_heads(values: tuple[float, ...], num_heads: int, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None].expand(-1, num_heads).contiguous()
+
+
+_coefficients_of_selection: MutableMapping[Tensor, dict[Any, Tensor]] = WeakTensorKeyDictionary()
 
 
 def _of_heads(
@@ -387,7 +561,12 @@ def _of_heads(
 
 def _pair_heads(pairs: Sequence[tuple[float, Tensor | None]], num_heads: int, device: torch.device) -> Tensor:
     rows = [_of_heads(sign, 0.0, heads, num_heads, device).to(torch.int8) for sign, heads in pairs]
-    return torch.stack(rows) if rows else torch.empty(0, dtype=torch.int8, device=device)
+    return torch.stack(rows) if rows else _nothing(device, torch.int8)
+
+
+@functools.cache
+def _nothing(device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.empty(0, dtype=dtype, device=device)
 
 
 def _one_affine(

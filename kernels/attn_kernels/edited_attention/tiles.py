@@ -83,6 +83,22 @@ def mapped_logits(
 
 
 @triton.jit
+def map_of_rows(row_code, head, coefficients, num_heads, TERM: tl.constexpr, MAP_ROWS: tl.constexpr):
+    """Coefficients (R, 1) of one LogitMap in each row, for logits in units of log2; the identity for no term."""
+    scale = 0.0 * row_code + 1.0
+    absolute = 0.0 * row_code
+    bias = 0.0 * row_code
+    if TERM != NO_BIT:
+        acts = row_code == row_code
+        if ((MAP_ROWS >> (4 * TERM)) & 15) != NO_BIT:
+            acts = has_bit(row_code, (MAP_ROWS >> (4 * TERM)) & 15)
+        scale = tl.where(acts, tl.load(coefficients + (TERM * 3) * num_heads + head), scale)
+        absolute = tl.where(acts, tl.load(coefficients + (TERM * 3 + 1) * num_heads + head), absolute)
+        bias = tl.where(acts, tl.load(coefficients + (TERM * 3 + 2) * num_heads + head) * LOG2_E, bias)
+    return scale, absolute, bias
+
+
+@triton.jit
 def paired_visibility(
     visible,
     valid,
