@@ -329,6 +329,9 @@ class Ours:
         self.head_index = torch.tensor(self.heads, device=inputs.query.device)
         self.head_mask = torch.zeros(inputs.num_heads, dtype=torch.bool, device=inputs.query.device)
         self.head_mask[self.head_index] = True
+        # Layers share it. The first key is spared.
+        self.bound = torch.full((inputs.num_keys,), 5 / inputs.num_keys, device=inputs.query.device)
+        self.bound[0] = float("inf")
 
     def lower(self, inputs: AttentionInputs) -> float | None:
         """Lowers once for all calls; milliseconds of the second time, the first one warms up."""
@@ -360,10 +363,9 @@ class Ours:
     def run_act(self, inputs: AttentionInputs) -> tuple[Tensor, Any, list[Primitive]]:
         """ACT's prefill: plain attention, column means of the chosen heads, sinks, and the edit on that output."""
         vendor, means = self._column_means(inputs)
-        found = means > 5 / inputs.num_keys
-        found[..., 0] = False
+        found = means > self.bound
         source = found.new_zeros(inputs.query.shape[0], inputs.num_heads, inputs.num_keys)
-        source[:, self.head_index] = found
+        source.index_copy_(1, self.head_index, found)
         edits: list[Primitive] = [Regroup(source, keep=0.4, heads=self.head_mask)]
         output, path = dispatch.run(inputs, edits, vendor=vendor)
         return output, path, edits

@@ -88,13 +88,24 @@ class ACT(Edit):
         column_mean = call.tap("column_mean", heads=heads)
         threshold = self.threshold or ("relative" if self.faithful == "paper" else "absolute")
         keep_first = self.keep_first or ("position0" if self.faithful == "paper" else "first_detected")
-        real_tokens = call.inputs.key_valid.sum(-1)[:, None, None]
-        found = column_mean > (self.alpha / real_tokens if threshold == "relative" else self.absolute)
-        if keep_first == "position0":
-            found = found & (call.inputs.key_position != 0)[:, None, :]
-        else:
+        relative = threshold == "relative"
+
+        def at_least() -> Tensor:
+            """(B, 1, M|1): what a key's mean must exceed; a spared one's never does."""
+            real_tokens = call.inputs.key_valid.sum(-1)[:, None, None]
+            bound = (
+                self.alpha / real_tokens
+                if relative
+                else torch.full_like(real_tokens, self.absolute, dtype=torch.float32)
+            )
+            if keep_first != "position0":
+                return bound
+            return torch.where((call.inputs.key_position == 0)[:, None, :], float("inf"), bound)
+
+        found = column_mean > call.shared_by_layers(("act", relative, self.alpha, self.absolute, keep_first), at_least)
+        if keep_first != "position0":
             found = found & ~(found & (found.cumsum(-1) == 1))
         if heads is None:
             return found
         sinks = torch.zeros(*found.shape[:1], len(call.heads), found.shape[2], dtype=torch.bool, device=call.device)
-        return sinks.index_copy(1, indices_of_heads(heads).long(), found)
+        return sinks.index_copy_(1, indices_of_heads(heads).long(), found)
