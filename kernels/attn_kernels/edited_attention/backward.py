@@ -64,15 +64,15 @@ def _visible(valid, keys, query_index, window, CAUSAL: tl.constexpr, HAS_WINDOW:
 
 
 @triton.jit
-def _load_terms(terms, place, stride, inside, HAS_REGROUP: tl.constexpr):
+def _load_terms(terms, rows, stride, inside, HAS_REGROUP: tl.constexpr):
     """The terms of rows: log-sum-exp, addend of the rest, factor and addend of the source, and of the target."""
-    log_sum_exp = tl.load(terms + place, mask=inside, other=float("inf"))
-    rest_addend = tl.load(terms + stride + place, mask=inside, other=0.0)
+    log_sum_exp = tl.load(terms + rows, mask=inside, other=float("inf"))
+    rest_addend = tl.load(terms + stride + rows, mask=inside, other=0.0)
     if HAS_REGROUP:
-        source_factor = tl.load(terms + 2 * stride + place, mask=inside, other=0.0)
-        source_addend = tl.load(terms + 3 * stride + place, mask=inside, other=0.0)
-        target_factor = tl.load(terms + 4 * stride + place, mask=inside, other=0.0)
-        target_addend = tl.load(terms + 5 * stride + place, mask=inside, other=0.0)
+        source_factor = tl.load(terms + 2 * stride + rows, mask=inside, other=0.0)
+        source_addend = tl.load(terms + 3 * stride + rows, mask=inside, other=0.0)
+        target_factor = tl.load(terms + 4 * stride + rows, mask=inside, other=0.0)
+        target_addend = tl.load(terms + 5 * stride + rows, mask=inside, other=0.0)
     else:
         source_factor = rest_addend
         source_addend = rest_addend
@@ -290,7 +290,10 @@ def _row_terms(
     tl.store(terms + stride + place, -delta, mask=row_inside)
     if HAS_REGROUP:
         in_d = tl.arange(0, BLOCK_D)
+        in_m = tl.arange(0, BLOCK_M)
         kv_head = head // heads_per_kv
+        key_base = key + batch * k_b + kv_head * k_h
+        value_base = value + batch * v_b + kv_head * v_h
         query_index = (rows + query_offset)[:, None]
         query_tile = load_tile(query + batch * q_b + head * q_h, at_rows * q_n, in_d, D, BLOCK_D, row_inside, False)
         row_code = tl.zeros([BLOCK_N, 1], tl.int32)
@@ -323,13 +326,11 @@ def _row_terms(
             tile = first_tile + step
             if TARGET != NO_BIT_IN_KERNEL:
                 tile = tl.load(order_base + touched_from + step)
-            keys = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+            keys = tile * BLOCK_M + in_m
             inside = keys < num_keys
-            at_keys = keys.to(tl.int64)
-            key_tile = load_tile(key + batch * k_b + kv_head * k_h, at_keys * k_m, in_d, D, BLOCK_D, inside, True)
-            value_tile = load_tile(
-                value + batch * v_b + kv_head * v_h, at_keys * v_m, in_dv, DV, BLOCK_DV, inside, True
-            )
+            first = (tile * BLOCK_M).to(tl.int64)
+            key_tile = load_tile(key_base + first * k_m, in_m * k_m, in_d, D, BLOCK_D, inside, True)
+            value_tile = load_tile(value_base + first * v_m, in_m * v_m, in_dv, DV, BLOCK_DV, inside, True)
             code = tl.zeros([1, BLOCK_M], tl.int32)
             if HAS_CODES:
                 code = tl.load(key_codes + batch * codes_b + head * codes_h + keys, mask=keys < num_codes, other=0)[
@@ -462,8 +463,8 @@ def _query_gradients(
         output_gradient + batch * g_b + head * g_h, at_rows * g_n, in_dv, DV, BLOCK_DV, row_inside, False
     )
     total, rest_addend, source_factor, source_addend, target_factor, target_addend = _load_terms(
-        terms,
-        (batch * num_heads + head) * num_queries + rows,
+        terms + (batch * num_heads + head) * num_queries,
+        rows,
         tl.num_programs(2).to(tl.int64) * num_heads * num_queries,
         row_inside,
         HAS_REGROUP,
@@ -513,9 +514,9 @@ def _query_gradients(
                     tile = tl.load(order_base + touched_from + step - cut_tiles)
             keys = tile * BLOCK_M + in_m
             inside = keys < num_keys
-            at_keys = keys.to(tl.int64)
-            key_tile = load_tile(key_base, at_keys * k_m, in_d, D, BLOCK_D, inside, True)
-            value_tile = load_tile(value_base, at_keys * v_m, in_dv, DV, BLOCK_DV, inside, True)
+            first = (tile * BLOCK_M).to(tl.int64)
+            key_tile = load_tile(key_base + first * k_m, in_m * k_m, in_d, D, BLOCK_D, inside, True)
+            value_tile = load_tile(value_base + first * v_m, in_m * v_m, in_dv, DV, BLOCK_DV, inside, True)
             logits = scores(query_tile, key_tile, scaling * LOG2_E, PRECISION)
             of_values = scores(gradient_tile, value_tile, 1.0, PRECISION)
             code = tl.zeros([1, BLOCK_M], tl.int32)
@@ -684,11 +685,13 @@ def _key_gradients(
                     tile += tl.where(tile >= inner_tile, plain_tiles, 0)
                 rows = tile * BLOCK_N + in_n
                 row_inside = rows < num_queries
-                at_rows = rows.to(tl.int64)
-                query_tile = load_tile(query_base, at_rows * q_n, in_d, D, BLOCK_D, row_inside, True)
-                gradient_tile = load_tile(gradient_base, at_rows * g_n, in_dv, DV, BLOCK_DV, row_inside, False)
+                first = (tile * BLOCK_N).to(tl.int64)
+                query_tile = load_tile(query_base + first * q_n, in_n * q_n, in_d, D, BLOCK_D, row_inside, True)
+                gradient_tile = load_tile(
+                    gradient_base + first * g_n, in_n * g_n, in_dv, DV, BLOCK_DV, row_inside, False
+                )
                 total, rest_addend, source_factor, source_addend, target_factor, target_addend = _load_terms(
-                    terms, (batch * num_heads + head) * num_queries + rows, stride, row_inside, HAS_REGROUP
+                    terms + (batch * num_heads + head) * num_queries, rows, stride, row_inside, HAS_REGROUP
                 )
                 logits = scores(key_tile, query_tile, scaling * LOG2_E, PRECISION)
                 of_values = scores(value_tile, tl.trans(gradient_tile), 1.0, PRECISION)
@@ -746,11 +749,11 @@ def _key_gradients(
 # Chosen by what they need of registers and shared memory.
 Config = tuple[int, int, int, int]
 CONFIGS: dict[int, tuple[Config, Config]] = {
-    64: ((128, 64, 8, 3), (64, 128, 8, 2)),
-    128: ((128, 64, 8, 2), (64, 128, 8, 2)),
-    256: ((64, 32, 8, 1), (32, 64, 8, 1)),
+    64: ((128, 64, 8, 3), (32, 128, 8, 2)),
+    128: ((128, 64, 8, 2), (32, 128, 8, 2)),
+    256: ((64, 64, 8, 2), (16, 64, 8, 2)),
 }
-CONFIG_OF_FLOAT32: Config = (16, 64, 4, 1)
+CONFIG_OF_FLOAT32: Config = (16, 32, 4, 1)
 
 
 def backward_refusal(inputs: AttentionInputs, lowered: LoweredEdits) -> str | None:
@@ -796,7 +799,8 @@ def differentiable_edited_attention(
         inputs.key,
         inputs.value,
         None if sinks is None else sinks.expand(batch, num_heads, num_queries),
-        lowered.map_coefficients,
+        # The empty tensor of no maps may come from inference mode, and could not be kept.
+        lowered.map_coefficients if lowered.num_maps else None,
         None if regroup is None else regroup.coefficients,
         bare,
         plain,
@@ -833,7 +837,7 @@ class _EditedAttention(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         sinks: Tensor | None,
-        maps: Tensor,
+        maps: Tensor | None,
         regroup: Tensor | None,
         inputs: AttentionInputs,
         lowered: LoweredEdits,
@@ -859,12 +863,12 @@ def _joined(
     key: Tensor,
     value: Tensor,
     sinks: Tensor | None,
-    maps: Tensor,
+    maps: Tensor | None,
     regroup: Tensor | None,
 ) -> tuple[AttentionInputs, LoweredEdits]:
     """The call again, from what the function keeps and its arguments."""
     inputs = replace(ctx.inputs, query=query, key=key, value=value, sink_logits=sinks)
-    lowered = replace(ctx.lowered, map_coefficients=maps)
+    lowered = ctx.lowered if maps is None else replace(ctx.lowered, map_coefficients=maps)
     if regroup is not None:
         lowered = replace(lowered, regroup=replace(lowered.regroup, coefficients=regroup))
     return inputs, lowered
