@@ -9,7 +9,7 @@ attn_hooks.unwrap(model)                           # bit for bit what it was
 from attn_hooks.call import AttentionCall
 from attn_hooks.edit import Edit
 from attn_hooks.errors import AttnHooksError, EditError, UnsupportedArgumentError, UnsupportedModelError
-from attn_hooks.layout import TokenKind, TokenLayout
+from attn_hooks.layout import ImageSpan, PatchGrid, TokenKind, TokenLayout
 from attn_hooks.methods.ablate import Ablate
 from attn_hooks.methods.act import ACT
 from attn_hooks.methods.head_affine import HeadAffine
@@ -17,7 +17,7 @@ from attn_hooks.methods.pasta import PASTA
 from attn_hooks.methods.power import PowerAttention
 from attn_hooks.methods.sink_scale import SinkScale
 from attn_hooks.methods.streaming import Streaming
-from attn_hooks.model_info import LayerInfo, ModelInfo, inspect_model
+from attn_hooks.model_info import LayerInfo, ModelInfo, inspect_model, layout_of
 from attn_hooks.paths import recipes_dir, testbed_path
 from attn_hooks.registry import build_edit, methods
 from attn_hooks.reporting import explain, report
@@ -35,8 +35,10 @@ __all__ = [
     "EditError",
     "EditNeverActedWarning",
     "HeadAffine",
+    "ImageSpan",
     "LayerInfo",
     "ModelInfo",
+    "PatchGrid",
     "PowerAttention",
     "SinkScale",
     "Streaming",
@@ -50,6 +52,7 @@ __all__ = [
     "explain",
     "find_spans",
     "inspect_model",
+    "layout_of",
     "load_edits",
     "methods",
     "recipes_dir",

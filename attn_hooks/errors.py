@@ -162,6 +162,20 @@ CATALOGUE: dict[str, Entry] = {
         "The method reads or writes the keys of an image.",
         "Use a vision-language model, or a method without image tokens.",
     ),
+    "image-by-cross-attention": Entry(
+        EditError,
+        "{method} needs the image's tokens among the keys of self-attention, and {model} reads its images through cross "
+        "attention, which is not edited.",
+        "Mllama and its like put one mark for an image among the tokens, and the image itself into layers of their own.",
+        "Use a model that puts image tokens into the prompt (docs/images.md lists families), or a method without image tokens.",
+    ),
+    "too-many-images": Entry(
+        EditError,
+        "Row {row} of the batch has more than {most} images or video frames on their own, and one byte a key cannot tell them "
+        "apart.",
+        "The layout of a prompt keeps one byte for each key.",
+        "Give fewer images in one prompt; frames of a video count as one where the family marks videos.",
+    ),
     "no-image-in-prompt": Entry(
         EditError,
         "{method} needs the image's tokens, and no prompt of this call to {model} holds the image token {image_token_id}.",

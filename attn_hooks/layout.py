@@ -1,13 +1,19 @@
-"""What each key position of a sequence holds: padding, BOS, text, an image."""
+"""What each key position of a sequence holds: padding, BOS, text, an image; and how an image's patches lie."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
+from itertools import groupby
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from attn_hooks.errors import error
 
 
 class TokenKind(IntEnum):
@@ -19,15 +25,122 @@ class TokenKind(IntEnum):
     IMAGE = 16
 
 
+MOST_IMAGES = 256 - TokenKind.IMAGE
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """A rectangle of patches among the tokens of one image, row by row.
+
+    ``offset``: its first patch, counted in the image's own tokens. ``row_stride``: tokens from one row to the next, more than
+    ``columns`` where something else ends a row. ``shows``: the whole image, a crop of it, or one frame of a video.
+    ``place``: (row, column) of a crop among the crops, None where that is unknown.
+    """
+
+    offset: int
+    rows: int
+    columns: int
+    row_stride: int
+    shows: Literal["image", "crop", "frame"] = "image"
+    place: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class ImageSpan:
+    """Where image (or video) number ``image`` of one sample lies, and how.
+
+    ``runs``: its tokens as (start, stop) over the key positions of the row, padding counted; text may stand between them.
+    ``grids``: its rectangles of patches in token order; None where they are unknown, and ``why_no_grid`` says why. Tokens in
+    no grid are separators, such as the newlines of LLaVA-NeXT.
+    """
+
+    sample: int
+    image: int
+    runs: tuple[tuple[int, int], ...]
+    grids: tuple[PatchGrid, ...] | None
+    video: bool = False
+    why_no_grid: str = ""
+
+    @property
+    def start(self) -> int:
+        return self.runs[0][0]
+
+    @property
+    def stop(self) -> int:
+        """One past the last token; the text after the image starts here."""
+        return self.runs[-1][1]
+
+    @property
+    def tokens(self) -> int:
+        return sum(stop - start for start, stop in self.runs)
+
+    @property
+    def positions(self) -> Tensor:
+        """``(tokens,)`` long: the key positions of its tokens, in order."""
+        return torch.cat([torch.arange(start, stop) for start, stop in self.runs])
+
+    @property
+    def frames(self) -> int | None:
+        """Frames of a video as the tokens have them, 1 for an image; None without a grid."""
+        return None if self.grids is None else max(1, self._showing("frame"))
+
+    @property
+    def crops(self) -> int | None:
+        """Crops that stand beside or in place of the whole image; None without a grid."""
+        return None if self.grids is None else self._showing("crop")
+
+    def _showing(self, what: str) -> int:
+        return sum(grid.shows == what for grid in self.grids or ())
+
+    def patches(self, grid: PatchGrid) -> Tensor:
+        """``(rows, columns)`` long: the key position of each patch of one of its grids."""
+        rows, columns = torch.arange(grid.rows)[:, None], torch.arange(grid.columns)[None, :]
+        return self.positions[grid.offset + rows * grid.row_stride + columns]
+
+    def separators(self) -> Tensor:
+        """Long: the key positions of its tokens that are no patches. Empty without a grid, where that is unknown."""
+        positions = self.positions
+        if self.grids is None:
+            return positions[:0]
+        patches = torch.cat([self.patches(grid).flatten() for grid in self.grids])
+        return positions[~torch.isin(positions, patches)]
+
+    def grid_text(self) -> str:
+        """The grids in words, crops and frames that are alike counted, e.g. ``3 crops of 8 x 8 + 8 x 8``."""
+        if self.grids is None:
+            return f"unknown: {self.why_no_grid}"
+        parts = []
+        for (shows, rows, columns), alike in groupby(
+            self.grids, key=lambda grid: (grid.shows, grid.rows, grid.columns)
+        ):
+            count = len(list(alike))
+            shapes = [f"{rows} x {columns}"] * count
+            parts += shapes if shows == "image" else [f"{count} {shows}{'s' if count > 1 else ''} of {shapes[0]}"]
+        return " + ".join(parts)
+
+    def cut(self, length: int) -> ImageSpan | None:
+        """What is left of it in the first ``length`` positions; a part of an image has no grid."""
+        if self.stop <= length:
+            return self
+        runs = tuple((start, min(stop, length)) for start, stop in self.runs if start < length)
+        return replace(self, runs=runs, grids=None, why_no_grid="the cache was cropped inside it") if runs else None
+
+    def moved(self, by: int, image: int) -> ImageSpan:
+        """The same image ``by`` positions further on, with another number."""
+        return replace(self, image=image, runs=tuple((start + by, stop + by) for start, stop in self.runs))
+
+
 @dataclass(frozen=True)
 class TokenLayout:
-    """The kinds of all tokens seen so far, one row a sample: ``kinds`` is uint8 ``(B, M)``.
+    """The kinds of all tokens seen so far, one row a sample: ``kinds`` is uint8 ``(B, M)``. ``images`` by sample, then number.
 
     Built on the prompt and extended by each later forward. A beam takes its prompt's row: beams of one sample share
-    the prompt, and generated tokens are text, so reordering beams leaves the layout as it is.
+    the prompt, and generated tokens are text, so reordering beams leaves the layout as it is. Images of a later forward
+    (the next turn of a chat) are numbered on.
     """
 
     kinds: Tensor
+    images: tuple[ImageSpan, ...] = ()
 
     @property
     def valid(self) -> Tensor:
@@ -46,29 +159,50 @@ class TokenLayout:
     def length(self) -> int:
         return self.kinds.shape[1]
 
+    def images_of(self, sample: int) -> tuple[ImageSpan, ...]:
+        """The images of one row, image k at place k."""
+        return tuple(span for span in self.images if span.sample == sample)
+
     def extended(self, new: TokenLayout, past: int) -> TokenLayout:
         """This layout cut to its first ``past`` tokens (a cache may be cropped), then ``new``."""
-        return TokenLayout(torch.cat([self.kinds[:, :past].to(new.kinds.device), new.kinds], dim=1))
+        kept = [part for span in self.images if (part := span.cut(past)) is not None]
+        before = Counter(span.sample for span in kept)
+        came = [span.moved(past, before[span.sample] + span.image) for span in new.images]
+        kinds = new.kinds
+        if came and before:
+            refuse_too_many_images(came)
+            numbers = torch.tensor([before[sample] for sample in range(len(kinds))], device=kinds.device)
+            kinds = torch.where(kinds >= TokenKind.IMAGE, kinds + numbers[:, None], kinds).to(torch.uint8)
+        images = tuple(sorted([*kept, *came], key=lambda span: (span.sample, span.image)))
+        return TokenLayout(torch.cat([self.kinds[:, :past].to(kinds.device), kinds], dim=1), images)
 
     def filled_to(self, length: int) -> TokenLayout:
         """This layout with text up to ``length`` tokens: those that came while other edits were in force."""
         missing = max(0, length - self.length)
-        return TokenLayout(functional.pad(self.kinds, (0, missing), value=TokenKind.TEXT))
+        return replace(self, kinds=functional.pad(self.kinds, (0, missing), value=TokenKind.TEXT))
 
     def padded_as(self, valid: Tensor) -> TokenLayout:
         """The same kinds under another 2-D attention mask."""
         kinds = torch.where(self.kinds == TokenKind.PADDING, TokenKind.TEXT, self.kinds)
-        return TokenLayout(torch.where(valid, kinds, TokenKind.PADDING).to(torch.uint8))
+        return replace(self, kinds=torch.where(valid, kinds, TokenKind.PADDING).to(torch.uint8))
 
     @classmethod
     def of_tokens(
-        cls, input_ids: Tensor | None, valid: Tensor, bos_token_id: int | None, image_token_id: int | None
+        cls, input_ids: Tensor | None, valid: Tensor, bos_token_id: int | None, images: Sequence[ImageSpan] = ()
     ) -> TokenLayout:
-        """From token ids ``(B, N)`` where there are any, and the 2-D mask ``valid``."""
+        """From token ids ``(B, N)`` where there are any, the 2-D mask ``valid``, and the images that were found in them."""
         kinds = torch.full_like(valid, TokenKind.TEXT, dtype=torch.uint8)
-        if input_ids is not None:
-            if bos_token_id is not None:
-                kinds[input_ids == bos_token_id] = TokenKind.BOS
-            if image_token_id is not None:
-                kinds[input_ids == image_token_id] = TokenKind.IMAGE
-        return cls(torch.where(valid, kinds, TokenKind.PADDING).to(torch.uint8))
+        if input_ids is not None and bos_token_id is not None:
+            kinds[input_ids == bos_token_id] = TokenKind.BOS
+        refuse_too_many_images(images)
+        for span in images:
+            for start, stop in span.runs:
+                kinds[span.sample, start:stop] = TokenKind.IMAGE + span.image
+        return cls(torch.where(valid, kinds, TokenKind.PADDING).to(torch.uint8), tuple(images))
+
+
+def refuse_too_many_images(images: Sequence[ImageSpan]) -> None:
+    """Raises where a row has more images than a byte a key can tell apart."""
+    for span in images:
+        if span.image >= MOST_IMAGES:
+            raise error("too-many-images", row=span.sample, most=MOST_IMAGES)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from attn_hooks.errors import AttnHooksError, error
+from attn_hooks.layout import ImageSpan, TokenLayout
 from attn_hooks.tensor_parallel import check_shards
+from attn_hooks.vision_layout import VisionLayout, vision_layout_of
 
 HONOURED_BACKENDS = ("sdpa", "eager")
 IMPLEMENTATION_PREFIX = "attn_hooks_"
@@ -38,7 +41,7 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The editable part of a model."""
+    """The editable part of a model. ``image_token_id``: None where no key of self-attention is an image's."""
 
     model_class: str
     num_layers: int
@@ -46,6 +49,7 @@ class ModelInfo:
     image_token_id: int | None
     bos_token_id: int | None
     left_alone: dict[str, str] = field(default_factory=dict)
+    vision: VisionLayout | None = field(default=None, repr=False, compare=False)
 
     def layer(self, index: int) -> LayerInfo:
         return next(layer for layer in self.layers if layer.index == index)
@@ -53,6 +57,22 @@ class ModelInfo:
     @property
     def layer_indices(self) -> tuple[int, ...]:
         return tuple(layer.index for layer in self.layers)
+
+    @property
+    def embeds_outside(self) -> bool:
+        """Whether generate() runs the language model without the model's own forward."""
+        return self.vision is not None and self.vision.family.embeds_outside
+
+    def require_image_keys(self, method: str) -> None:
+        """Raises ``EditError`` unless the images of this model are keys of its self-attention."""
+        if self.vision is not None and self.vision.by_cross_attention:
+            raise error("image-by-cross-attention", method=method, model=self.model_class)
+        if self.image_token_id is None:
+            raise error("needs-image", method=method, model=self.model_class)
+
+    def images_in(self, input_ids: Tensor | None, given: Mapping[str, Any]) -> tuple[ImageSpan, ...]:
+        """The images in the tokens ``(B, N)`` of a forward with the arguments ``given``. Waits for the device."""
+        return self.vision.images_in(input_ids, given) if self.vision is not None and input_ids is not None else ()
 
     def refusals(self) -> dict[str, str]:
         """Method name -> why it would be refused on this model with its default parameters.
@@ -114,14 +134,36 @@ def inspect_model(model: nn.Module) -> ModelInfo:
         # Several stacks that each count from 0 (hrm_text): number all by appearance.
         layers = [replace(layer, index=index) for index, layer in enumerate(layers)]
     layers.sort(key=lambda layer: layer.index)
+    vision = _vision(config)
     return ModelInfo(
         model_class=model_class,
         num_layers=max(_number(text_config, "num_hidden_layers") or 0, layers[-1].index + 1),
         layers=tuple(layers),
-        image_token_id=_first_number(config, "image_token_id", "image_token_index"),
+        image_token_id=None if vision is None or vision.by_cross_attention else vision.image_token_id,
         bos_token_id=_first_number(text_config, "bos_token_id"),
         left_alone=left_alone,
+        vision=vision,
     )
+
+
+def layout_of(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, **processor_output: Any
+) -> TokenLayout:
+    """What each position of a prompt holds, without running the model: ``layout_of(model, **processor(...))``.
+
+    ``input_ids`` and ``attention_mask`` are ``(B, N)``; the rest is what the processor returned for the images, which tells
+    their grids. The model need not be one that can be edited. Raises ``EditError`` for more images than can be told apart.
+    """
+    config: Any = underlying_model(model).config
+    vision = _vision(config)
+    images = vision.images_in(input_ids, processor_output) if vision is not None else ()
+    valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    bos_token_id = _first_number(config.get_text_config(decoder=True), "bos_token_id")
+    return TokenLayout.of_tokens(input_ids, valid, bos_token_id, images)
+
+
+def _vision(config: Any) -> VisionLayout | None:
+    return vision_layout_of(config, _first_number(config, "image_token_id", "image_token_index"))
 
 
 def interface_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -161,15 +161,17 @@ class _InFlight(threading.local):
 
     current: SequenceState | None = None
     outer_tokens: Tensor | None = None
+    outer_given: dict[str, Any] | None = None
 
 
 class SequenceTracker:
     """Follows a decoder's forwards, so that each attention call knows its tokens, padding and phase."""
 
-    def __init__(self, decoder: nn.Module, model: ModelInfo) -> None:
+    def __init__(self, decoder: nn.Module, outer: nn.Module, model: ModelInfo) -> None:
         self.model = model
         self.key = uuid4().hex
         self.parameters = list(inspect.signature(decoder.forward).parameters)
+        self.outer_parameters = list(inspect.signature(outer.forward).parameters)
         self.in_flight = _InFlight()
         # Set while a forward runs without the host: its calls must not ask what is in flight. Not by thread, since compiled
         # code cannot read what is.
@@ -201,8 +203,15 @@ class SequenceTracker:
 
     def before_outer_forward(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the whole model: a vision-language model gives its decoder embeddings, not tokens."""
-        tokens = kwargs.get("input_ids", args[0] if args else None)
+        given = dict(zip(self.outer_parameters, args, strict=False)) | kwargs
+        tokens = given.get("input_ids")
         self.in_flight.outer_tokens = tokens if isinstance(tokens, Tensor) else None
+        self.in_flight.outer_given = given if self.model.vision is not None else None
+
+    def before_embedding(self, _embedding: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of the token embedding, for families whose generate() passes the model's own forward by."""
+        if self.in_flight.outer_tokens is None:
+            self.in_flight.outer_tokens = args[0]
 
     def before_forward(self, _decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the decoder."""
@@ -210,6 +219,7 @@ class SequenceTracker:
         self.static_step = self._without_host(given)
         if self.static_step is None:
             self._follow(given)
+        self.in_flight.outer_given = None
 
     def _without_host(self, given: dict[str, Any]) -> StaticStep | None:
         """What a decode step takes that is being compiled or captured; None where the host follows the forward.
@@ -256,17 +266,15 @@ class SequenceTracker:
         if tokens is not None and self.rows_per_sequence > 1:
             tokens = new = tokens[:: self.rows_per_sequence]
         batch, length = new.shape[:2]
-        if (
-            tokens is None
-            and self.in_flight.outer_tokens is not None
-            and self.in_flight.outer_tokens.shape == (batch, length)
-        ):
-            tokens = self.in_flight.outer_tokens
+        if tokens is None:
+            tokens = self._outer_tokens(batch, length)
         self.in_flight.outer_tokens = None
         self._refuse_packed(given, past)
         valid = _valid_tokens(given.get("attention_mask"), batch, past + length, new.device)
         new_valid = torch.ones(batch, length, dtype=torch.bool, device=new.device)
-        new_layout = TokenLayout.of_tokens(tokens, new_valid, self.model.bos_token_id, self.model.image_token_id)
+        # A generated token is no image, whatever its id.
+        images = () if past and length == 1 else self.model.images_in(tokens, self.in_flight.outer_given or given)
+        new_layout = TokenLayout.of_tokens(tokens, new_valid, self.model.bos_token_id, images)
         states: dict[str, SequenceState] = getattr(cache, STATES_ATTRIBUTE, {})
         known = states.get(self.key) if past else None
         if known is None:
@@ -298,8 +306,20 @@ class SequenceTracker:
         self.in_flight.current = state
         self._remember(cache)
 
+    def _outer_tokens(self, batch: int, length: int) -> Tensor | None:
+        """The tokens ``(B, N)`` that the whole model was given, if they are those of this forward."""
+        tokens = self.in_flight.outer_tokens
+        if tokens is None or tokens.ndim != 2 or tokens.shape[1] != length:
+            return None
+        if self.model.embeds_outside and batch % len(tokens) == 0:
+            # Embedded before generate() repeated each prompt for its beams.
+            return tokens.repeat_interleave(batch // len(tokens), dim=0)
+        return tokens if len(tokens) == batch else None
+
     def after_forward(self, _decoder: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the decoder: the cache may have been made inside."""
+        # The decoder embedded tokens of its own, which before_embedding saw.
+        self.in_flight.outer_tokens = None
         if self.static_step is not None:
             self.static_step = None
             return

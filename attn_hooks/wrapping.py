@@ -101,7 +101,7 @@ class Wrapping:
         """The tracker of the innermost transformers model around an attention module."""
         name, decoder = _decoder_of(model, module_name)
         if name not in self.trackers:
-            self.trackers[name] = SequenceTracker(decoder, self.info)
+            self.trackers[name] = SequenceTracker(decoder, model, self.info)
         if name not in self.hooked:
             tracker = self.trackers[name]
             self.hooked[name] = [
@@ -111,6 +111,9 @@ class Wrapping:
             if decoder is not model:
                 outer = model.register_forward_pre_hook(tracker.before_outer_forward, with_kwargs=True)
                 self.hooked[name].append(outer)
+            if self.info.embeds_outside:
+                embedding = model.get_input_embeddings()
+                self.hooked[name].append(embedding.register_forward_pre_hook(tracker.before_embedding))
         return self.trackers[name]
 
 

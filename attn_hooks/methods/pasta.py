@@ -65,8 +65,8 @@ class PASTA(Edit):
 
     def check(self, model: ModelInfo) -> None:
         super().check(model)
-        if self.spans == "image" and model.image_token_id is None:
-            raise error("needs-image", method=self.method, model=model.model_class)
+        if self.spans == "image":
+            model.require_image_keys(self.method)
 
     def is_settled(self, call: AttentionCall) -> bool:
         # The prompt may come one token at a time.
