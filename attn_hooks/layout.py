@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from itertools import groupby
-from typing import Literal
+from itertools import groupby, pairwise
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,15 @@ class TokenKind(IntEnum):
     BOS = 1
     TEXT = 2
     IMAGE = 16
+
+
+class TokenSpan(NamedTuple):
+    """Neighbouring keys of one kind, from ``start`` to before ``stop``; ``image`` is the number of the image they are of."""
+
+    start: int
+    stop: int
+    kind: TokenKind
+    image: int | None
 
 
 MOST_IMAGES = 256 - TokenKind.IMAGE
@@ -162,6 +171,17 @@ class TokenLayout:
     def images_of(self, sample: int) -> tuple[ImageSpan, ...]:
         """The images of one row, image k at place k."""
         return tuple(span for span in self.images if span.sample == sample)
+
+    def spans(self, sample: int) -> list[TokenSpan]:
+        """One row from its first key to its last, by what they hold. Waits for the device."""
+        held = self.kinds[sample].tolist()
+        edges = [0, *(place + 1 for place, (left, right) in enumerate(pairwise(held)) if left != right), len(held)]
+        spans = []
+        for start, stop in pairwise(edges):
+            image = held[start] - TokenKind.IMAGE if held[start] >= TokenKind.IMAGE else None
+            kind = TokenKind(held[start]) if image is None else TokenKind.IMAGE
+            spans.append(TokenSpan(start, stop, kind, image))
+        return spans
 
     def extended(self, new: TokenLayout, past: int) -> TokenLayout:
         """This layout cut to its first ``past`` tokens (a cache may be cropped), then ``new``."""

@@ -134,7 +134,7 @@ def inspect_model(model: nn.Module) -> ModelInfo:
         # Several stacks that each count from 0 (hrm_text): number all by appearance.
         layers = [replace(layer, index=index) for index, layer in enumerate(layers)]
     layers.sort(key=lambda layer: layer.index)
-    vision = _vision(config)
+    vision = vision_of(config)
     return ModelInfo(
         model_class=model_class,
         num_layers=max(_number(text_config, "num_hidden_layers") or 0, layers[-1].index + 1),
@@ -155,14 +155,15 @@ def layout_of(
     their grids. The model need not be one that can be edited. Raises ``EditError`` for more images than can be told apart.
     """
     config: Any = underlying_model(model).config
-    vision = _vision(config)
+    vision = vision_of(config)
     images = vision.images_in(input_ids, processor_output) if vision is not None else ()
     valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     bos_token_id = _first_number(config.get_text_config(decoder=True), "bos_token_id")
     return TokenLayout.of_tokens(input_ids, valid, bos_token_id, images)
 
 
-def _vision(config: Any) -> VisionLayout | None:
+def vision_of(config: Any) -> VisionLayout | None:
+    """How images lie in a model's prompts; None without an image token in its config."""
     return vision_layout_of(config, _first_number(config, "image_token_id", "image_token_index"))
 
 

@@ -22,6 +22,7 @@ from attn_eval.errors import EvaluationError
 USER_ERROR = 2
 INTERRUPTED = 130
 PIPED_WIDTH = 160
+SHOWN_TEXT = 60
 
 app = typer.Typer(
     name="attn-hooks",
@@ -74,9 +75,22 @@ def info(
     model: Annotated[
         str, typer.Argument(help="A folder, a model id of the hub, or testbed-lm. No weights are needed.")
     ],
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Show in place of that what each token of this prompt holds: text, or which image."),
+    ] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="An image of the prompt; may be given again, in the prompt's order.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
 ) -> None:
-    """Show what can be edited in a model: layers, heads, image tokens, and which methods would be refused and why."""
+    """Show what can be edited in a model: layers, heads, image tokens, and which methods would be refused and why.
+
+    With [bold]--prompt[/bold] and [bold]--image[/bold]: where the images lie among the prompt's tokens, and on what grids.
+    """
+    if prompt is not None or image:
+        _show_layout(model, prompt or "", image or [], as_json)
+        return
     import attn_hooks
     from attn_eval.loading import model_skeleton
     from attn_hooks.reporting import paths_of_machine
@@ -113,10 +127,10 @@ def info(
         print(json.dumps(described, indent=2))
         return
     console = _out()
-    image = "none" if found.image_token_id is None else f"token id {found.image_token_id}"
+    image_tokens = "none" if found.image_token_id is None else f"token id {found.image_token_id}"
     console.print(
         f"[bold]{escape(model)}[/bold]: {found.model_class}, {found.num_layers} layers, {len(found.layers)} of them can "
-        f"be edited; image tokens: {image}"
+        f"be edited; image tokens: {image_tokens}"
     )
     console.print(_layer_table(layers))
     for reason, count in Counter(found.left_alone.values()).items():
@@ -278,6 +292,48 @@ def _describe(method: Any) -> dict[str, Any]:
         "crosses_layers": method.crosses_layers,
         "parameters": {"properties": schema.get("properties", {}), "required": schema.get("required", [])},
     }
+
+
+def _show_layout(model: str, prompt: str, images: list[Path], as_json: bool) -> None:
+    """A prompt's tokens, span by span."""
+    import attn_hooks
+    from attn_eval.loading import model_skeleton, processed_prompt
+    from attn_hooks.model_info import vision_of
+
+    inputs, tokenizer = processed_prompt(model, prompt, images)
+    skeleton = model_skeleton(model)
+    layout = attn_hooks.layout_of(skeleton, **inputs)
+    vision = vision_of(skeleton.config)
+    by_cross_attention = vision is not None and vision.by_cross_attention
+    if images and not layout.images and not by_cross_attention:
+        held = (
+            "names no image token"
+            if vision is None
+            else f"has image token {vision.image_token_id}, and it is not there"
+        )
+        raise EvaluationError(f"no token of the prompt is an image's: the config of {model!r} {held}")
+    rows: list[dict[str, Any]] = []
+    for span in layout.spans(0):
+        found = layout.images_of(0)[span.image] if span.image is not None else None
+        held = "" if found else tokenizer.decode(inputs["input_ids"][0, span.start : span.stop])
+        kind = "video" if found and found.video else span.kind.name.lower()
+        grid = found.grid_text() if found else None
+        rows.append(
+            {"start": span.start, "stop": span.stop, "kind": kind, "image": span.image, "grid": grid, "text": held}
+        )
+    if as_json:
+        print(json.dumps({"model": model, "by_cross_attention": by_cross_attention, "spans": rows}, indent=2))
+        return
+    table = Table(title=f"{len(inputs['input_ids'][0])} tokens")
+    for column in ("start", "stop", "holds", "grid of patches", "text"):
+        table.add_column(column)
+    for row in rows:
+        holds = row["kind"] if row["image"] is None else f"{row['kind']} {row['image']}"
+        held = row["text"] if len(row["text"]) <= SHOWN_TEXT else row["text"][: SHOWN_TEXT - 3] + "..."
+        table.add_row(str(row["start"]), str(row["stop"]), holds, row["grid"] or "", escape(repr(held) if held else ""))
+    _out().print(table)
+    if by_cross_attention:
+        _out().print("images reach this model through cross attention: no key of its self-attention is an image's")
 
 
 def _layer_table(layers: list[dict[str, Any]]) -> Table:

@@ -95,6 +95,53 @@ def model_skeleton(model: str) -> Any:
     return skeleton.to_empty(device="cpu").eval()
 
 
+def processed_prompt(model: str, prompt: str, images: list[Path]) -> tuple[dict[str, Any], Any]:
+    """What the model's processor makes of a prompt, and its tokenizer.
+
+    Images whose place the prompt does not mark are put before it by the model's chat template, where it has one.
+
+    Raises:
+        EvaluationError: the processor or an image cannot be loaded, or the two do not go together.
+    """
+    from transformers import AutoProcessor
+
+    source = resolve_model(model)
+    _require_reachable(source)
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError, ImportError) as error:
+        raise EvaluationError(_unloadable(model, error)) from error
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not images:
+        return dict(tokenizer(prompt, return_tensors="pt")), tokenizer
+    if tokenizer is processor:
+        raise EvaluationError(f"the model {model!r} comes with a tokenizer only: it takes no image")
+    image_token = getattr(processor, "image_token", None)
+    if getattr(processor, "chat_template", None) and not (image_token and str(image_token) in prompt):
+        content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    opened = [_opened(path) for path in images]
+    try:
+        inputs = processor(text=[prompt], images=opened, return_tensors="pt")
+    except (ValueError, TypeError) as error:
+        raise EvaluationError(
+            f"the processor of {model!r} refuses this prompt: {_first_sentence(str(error))}"
+        ) from error
+    return dict(inputs), tokenizer
+
+
+def _opened(path: Path) -> Any:
+    try:
+        from PIL import Image
+
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except ImportError as error:
+        raise EvaluationError("reading an image needs Pillow: pip install pillow") from error
+    except OSError as error:
+        raise EvaluationError(f"no image can be read from {path}: {_first_sentence(str(error))}") from error
+
+
 def _require_reachable(source: str) -> None:
     """Without a network the hub's client tries for a minute before it gives up: look the hub's name up first."""
     from huggingface_hub import constants, try_to_load_from_cache

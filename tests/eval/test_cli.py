@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import socket
 import subprocess
@@ -12,7 +13,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from PIL import Image
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaNextProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 import attn_hooks
 from attn_eval import cli
@@ -102,6 +112,89 @@ def test_info_of_a_vision_language_model_names_its_image_token(tmp_path: Path, c
     assert [layer["num_heads"] for layer in described["layers"]] == [4, 4]
     assert len(described["left_alone"]) == 2
     assert "left alone: 2 attention modules" in call(capsys, monkeypatch, "info", tmp_path)[1]
+
+
+@pytest.fixture
+def llava_next_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A config and a processor, no weights; and a picture of 36 x 20 pixels."""
+    own_tokenizer = copy.deepcopy(tokenizer)
+    own_tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    image_token_id = own_tokenizer.convert_tokens_to_ids("<image>")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    grids = [[16, 32], [32, 16], [32, 32]]
+    LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**sizes, image_size=16, patch_size=4),
+        text_config=LlamaConfig(**sizes, vocab_size=len(own_tokenizer), bos_token_id=own_tokenizer.bos_token_id),
+        image_token_id=image_token_id,
+        image_grid_pinpoints=grids,
+    ).save_pretrained(tmp_path)
+    square = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    LlavaNextProcessor(
+        LlavaNextImageProcessorPil(**square, image_grid_pinpoints=grids),
+        own_tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template="<bos>{% for part in messages[0]['content'] %}"
+        "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %} A:",
+    ).save_pretrained(tmp_path)
+    Image.new("RGB", (36, 20), "teal").save(tmp_path / "picture.png")
+    return tmp_path
+
+
+def test_info_shows_the_layout_of_a_prompt(llava_next_folder: Path, capsys: Any, monkeypatch: Any) -> None:
+    picture = llava_next_folder / "picture.png"
+    prompt = ("--prompt", "<bos>See <image> and <image>.", "--image", picture, "--image", picture)
+    code, out, error = call(capsys, monkeypatch, "info", llava_next_folder, *prompt, "--json")
+    assert code == 0, error
+    spans = [tuple(span.values()) for span in json.loads(out)["spans"]]
+    grid = "4 x 4 + 4 x 8"
+    assert spans == [
+        (0, 1, "bos", None, None, "<bos>"),
+        (1, 5, "text", None, None, "See "),
+        (5, 57, "image", 0, grid, ""),
+        (57, 62, "text", None, None, " and "),
+        (62, 114, "image", 1, grid, ""),
+        (114, 115, "text", None, None, "."),
+    ]
+    code, out, _ = call(capsys, monkeypatch, "info", llava_next_folder, *prompt)
+    assert code == 0
+    assert "115 tokens" in out
+    assert all(word in out for word in ("image 0", "image 1", grid, "' and '"))
+
+
+def test_info_places_images_by_the_chat_template(llava_next_folder: Path, capsys: Any, monkeypatch: Any) -> None:
+    given = ("--prompt", "Hm?", "--image", llava_next_folder / "picture.png", "--json")
+    code, out, error = call(capsys, monkeypatch, "info", llava_next_folder, *given)
+    assert code == 0, error
+    spans = [(span["kind"], span["text"]) for span in json.loads(out)["spans"]]
+    assert spans == [("bos", "<bos>"), ("image", ""), ("text", "Hm? A:")]
+
+
+def test_info_of_a_text_prompt(model_folder: Path, capsys: Any, monkeypatch: Any) -> None:
+    code, out, _ = call(capsys, monkeypatch, "info", model_folder, "--prompt", "abc", "--json")
+    assert code == 0
+    spans = [{"start": 0, "stop": 3, "kind": "text", "image": None, "grid": None, "text": "abc"}]
+    assert json.loads(out) == {"model": str(model_folder), "by_cross_attention": False, "spans": spans}
+
+
+def test_what_info_says_of_prompts_that_do_not_fit(
+    llava_next_folder: Path, model_folder: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    picture = llava_next_folder / "picture.png"
+
+    def refusal(*words: Any) -> str:
+        code, _, error = call(capsys, monkeypatch, "info", *words)
+        assert code == 2
+        return error
+
+    assert "takes no image" in refusal(model_folder, "--prompt", "abc", "--image", picture)
+    missing = llava_next_folder / "none.png"
+    assert "no image can be read from" in refusal(llava_next_folder, "--prompt", "<image>", "--image", missing)
+    assert "refuses this prompt" in refusal(llava_next_folder, "--prompt", "<image> <image>", "--image", picture)
+    config = json.loads((llava_next_folder / "config.json").read_text())
+    (llava_next_folder / "config.json").write_text(json.dumps(config | {"image_token_index": 7}))
+    assert "has image token 7" in refusal(llava_next_folder, "--prompt", "<image>", "--image", picture)
 
 
 def test_run_then_run_again_then_compare(recipe_file: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
