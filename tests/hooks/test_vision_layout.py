@@ -8,7 +8,9 @@ one whose embedding changes with the patch's pixels.
 from __future__ import annotations
 
 import copy
+import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,6 +97,11 @@ def features_per_image(model: Any, inputs: dict[str, Any]) -> list[int]:
 
 def test_every_family_of_the_table_is_tested() -> None:
     assert {case.model_type for case in CASES.values()} | {"mllama"} == set(FAMILIES)
+
+
+def test_every_family_has_a_row_in_the_docs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "images.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `([\w-]+)` \|", page, re.MULTILINE) == list(FAMILIES)
 
 
 @every_case
