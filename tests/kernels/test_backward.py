@@ -12,18 +12,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attn_kernels import AttentionInputs, Gate, HeadAffine, LogitMap, Order, Primitive, Regroup
-from attn_kernels.edited_attention import blocked
+from attn_kernels.edited_attention import backward, blocked
 from attn_kernels.edited_attention.backward import backward_refusal, differentiable_edited_attention
 from attn_kernels.edited_attention.lowering import NotLowered, lower
 from tests.kernels.strategies import attention_inputs, primitives
 from tests.kernels.triton_device import DEVICE, on_device
 
-SMALL = (16, 64, 4, 1)
 Attention = Callable[[AttentionInputs, Sequence[Primitive]], Tensor]
 
 
 def by_kernels(inputs: AttentionInputs, edits: Sequence[Primitive]) -> Tensor:
-    return differentiable_edited_attention(inputs, lower(inputs, edits), config=SMALL)
+    return differentiable_edited_attention(inputs, lower(inputs, edits))
 
 
 def by_pytorch(inputs: AttentionInputs, edits: Sequence[Primitive]) -> Tensor:
@@ -138,7 +137,7 @@ def test_equals_autograd_in_float64(case: tuple[AttentionInputs, list[Primitive]
     compare(inputs, edits, expected, tolerance=2e-3)
 
 
-SOURCE, TARGET, FEW = span(70, 2, 7), span(70, 5, 40), span(70, 66, 68)
+SOURCE, TARGET, LATE, FEW = span(70, 2, 7), span(70, 5, 40), span(70, 36, 50), span(70, 66, 68)
 PER_HEAD = torch.tensor([0.6, 1.3])
 CASES: dict[str, tuple[AttentionInputs, list[Primitive]]] = {
     "nothing": (call(), []),
@@ -158,6 +157,8 @@ CASES: dict[str, tuple[AttentionInputs, list[Primitive]]] = {
         call(),
         [LogitMap(TARGET, PER_HEAD), Regroup(SOURCE, PER_HEAD, TARGET), HeadAffine(PER_HEAD, torch.ones(2, 8))],
     ),
+    "untouched tile first": (call(), [LogitMap(LATE, PER_HEAD), Regroup(span(70, 40, 42), PER_HEAD, LATE)]),
+    "wide window": (replace(call(), window=60), [LogitMap(LATE, PER_HEAD), Regroup(FEW, 0.4, LATE)]),
     "window": (replace(call(), window=20), [LogitMap(TARGET, PER_HEAD), Regroup(SOURCE, 0.4)]),
     "softcap": (replace(call(), softcap=1.5), [LogitMap(TARGET, PER_HEAD, 0.4), Regroup(SOURCE, 0.4, TARGET)]),
     "sink logits": (replace(call(), sink_logits=torch.ones(1, 2, 1)), [Regroup(SOURCE, PER_HEAD, TARGET)]),
@@ -171,8 +172,14 @@ CASES: dict[str, tuple[AttentionInputs, list[Primitive]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_each_primitive_over_several_tiles(case: str) -> None:
-    """70 keys are two tiles, and 70 rows are five."""
+    """In float32 70 keys are three tiles and 70 rows are five."""
     check(*CASES[case])
+
+
+def test_one_program_may_serve_all_query_heads_of_a_kv_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there are many keys, or samples."""
+    monkeypatch.setattr(backward, "ROUNDS", 0)
+    check(*CASES["grouped heads"])
 
 
 def test_a_map_of_removed_keys_has_no_gradient_there() -> None:

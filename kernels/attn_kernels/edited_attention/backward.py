@@ -41,7 +41,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from attn_kernels.edited_attention.edited_flash import edited_flash, load_tile
-from attn_kernels.edited_attention.launch import batch_stride, last_contiguous, padded_size, power_of_two, strides_of
+from attn_kernels.edited_attention.launch import (
+    batch_stride,
+    last_contiguous,
+    multiprocessors,
+    padded_size,
+    power_of_two,
+    strides_of,
+)
 from attn_kernels.edited_attention.lowering import NO_BIT, LoweredEdits
 from attn_kernels.edited_attention.tiles import LN_2, LOG2_E, capped, has_bit, mapped_logits, matmul, scores
 from attn_kernels.edited_attention.tiles import NO_BIT as NO_BIT_IN_KERNEL
@@ -593,6 +600,7 @@ def _key_gradients(
     dv_b,
     dv_h,
     dv_m,
+    heads_per_part,
     num_heads,
     heads_per_kv,
     num_queries,
@@ -633,7 +641,8 @@ def _key_gradients(
 ):
     # Keys along the first dimension of every tile. The first key tiles are the longest programs and start first.
     first_key = tl.program_id(0) * BLOCK_M
-    kv_head = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(1).to(tl.int64)
+    kv_head = part // (heads_per_kv // heads_per_part)
     batch = tl.program_id(2).to(tl.int64)
     keys = first_key + tl.arange(0, BLOCK_M)
     inside = keys < num_keys
@@ -666,8 +675,8 @@ def _key_gradients(
     unused = tl.zeros([1, 1], tl.float32)
     to_key = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     to_value = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    for member in tl.range(0, heads_per_kv):
-        head = kv_head * heads_per_kv + member
+    for member in tl.range(0, heads_per_part):
+        head = part * heads_per_part + member
         query_base = query + batch * q_b + head * q_h
         gradient_base = output_gradient + batch * g_b + head * g_h
         plain_tiles = outer_tile - inner_tile
@@ -734,12 +743,12 @@ def _key_gradients(
                 to_value = matmul(weights.to(gradient_tile.dtype), gradient_tile, to_value, PRECISION)
                 to_key = matmul(gradient.to(query_tile.dtype), tl.trans(query_tile), to_key, PRECISION)
     tl.store(
-        key_gradient + batch * dk_b + kv_head * dk_h + at_keys[:, None] * dk_m + in_d[None, :],
+        key_gradient + batch * dk_b + part * dk_h + at_keys[:, None] * dk_m + in_d[None, :],
         (to_key * scaling).to(key_gradient.dtype.element_ty),
         mask=inside[:, None] & (in_d[None, :] < D),
     )
     tl.store(
-        value_gradient + batch * dv_b + kv_head * dv_h + at_keys[:, None] * dv_m + in_dv[None, :],
+        value_gradient + batch * dv_b + part * dv_h + at_keys[:, None] * dv_m + in_dv[None, :],
         to_value.to(value_gradient.dtype.element_ty),
         mask=inside[:, None] & (in_dv[None, :] < DV),
     )
@@ -754,6 +763,8 @@ CONFIGS: dict[int, tuple[Config, Config]] = {
     256: ((64, 64, 8, 2), (16, 64, 8, 2)),
 }
 CONFIG_OF_FLOAT32: Config = (16, 32, 4, 1)
+# So many programs a multiprocessor even out that some take longer than others.
+ROUNDS = 4
 
 
 def backward_refusal(inputs: AttentionInputs, lowered: LoweredEdits) -> str | None:
@@ -765,14 +776,12 @@ def backward_refusal(inputs: AttentionInputs, lowered: LoweredEdits) -> str | No
     return next((why for why, holds in reasons.items() if holds), None)
 
 
-def differentiable_edited_attention(
-    inputs: AttentionInputs, lowered: LoweredEdits, config: Config | None = None
-) -> Tensor:
+def differentiable_edited_attention(inputs: AttentionInputs, lowered: LoweredEdits) -> Tensor:
     """Output ``(B, H, N, Dv)`` in the value's dtype under edits that ``backward_refusal`` lets through; differentiable once.
 
     Gradients reach query, key, value, sink logits, and through ``lowered``, which therefore is that of this very call, the
     coefficients of LogitMap, Regroup's keep, and HeadAffine's gain and offset. Keeps the output and a number a row for the
-    backward. ``config`` is for tests: rows, keys, warps and stages of every kernel.
+    backward.
 
     Raises ValueError if ``backward_refusal`` names a reason.
     """
@@ -804,7 +813,6 @@ def differentiable_edited_attention(
         None if regroup is None else regroup.coefficients,
         bare,
         plain,
-        config,
     )
     return with_head_affine(output, lowered)
 
@@ -841,11 +849,10 @@ class _EditedAttention(torch.autograd.Function):
         regroup: Tensor | None,
         inputs: AttentionInputs,
         lowered: LoweredEdits,
-        config: Config | None,
     ) -> Tensor:
-        ctx.inputs, ctx.lowered, ctx.config = inputs, lowered, config
+        ctx.inputs, ctx.lowered = inputs, lowered
         inputs, lowered = _joined(ctx, query, key, value, sinks, maps, regroup)
-        output, log_sum_exp = edited_flash(inputs, lowered, with_log_sum_exp=True, config=config)
+        output, log_sum_exp = edited_flash(inputs, lowered, with_log_sum_exp=True)
         ctx.save_for_backward(query, key, value, sinks, maps, regroup, output, log_sum_exp)
         return output
 
@@ -854,7 +861,7 @@ class _EditedAttention(torch.autograd.Function):
     def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, ...]:
         *given, output, log_sum_exp = ctx.saved_tensors
         inputs, lowered = _joined(ctx, *given)
-        return *_gradients(inputs, lowered, output, log_sum_exp, output_gradient, ctx), None, None, None
+        return *_gradients(inputs, lowered, output, log_sum_exp, output_gradient, ctx), None, None
 
 
 def _joined(
@@ -888,7 +895,7 @@ def _gradients(
     batch, num_heads, num_queries, head_dim = query.shape
     num_keys, value_dim, kv_heads = key.shape[2], value.shape[3], key.shape[1]
     block_d, block_dv = padded_size(head_dim), padded_size(value_dim)
-    by_rows, by_keys = _configs(query.dtype, max(block_d, block_dv), ctx.config)
+    by_rows, by_keys = _configs(query.dtype, max(block_d, block_dv))
     # Without a key that has a byte no key is edited.
     is_edited = lowered.key_codes.shape[-1] > 0 and lowered.edits_weights
     regroup = lowered.regroup if is_edited else None
@@ -998,8 +1005,13 @@ def _gradients(
                 map_gradient += partial_sums.sum((0, 2))[:, : 3 * num_maps].T.view_as(map_gradient)
     if needs_key or needs_value:
         block_n, block_m, warps, stages = by_keys
+        key_tiles, group = triton.cdiv(num_keys, block_m), num_heads // kv_heads
+        parts = _parts(group, key_tiles * kv_heads * batch, query.device)
         key_gradient, value_gradient = torch.empty_like(key), torch.empty_like(value)
-        _key_gradients[(triton.cdiv(num_keys, block_m), kv_heads, batch)](
+        if parts > 1:
+            key_gradient = terms.new_empty(batch, kv_heads * parts, num_keys, head_dim)
+            value_gradient = terms.new_empty(batch, kv_heads * parts, num_keys, value_dim)
+        _key_gradients[(key_tiles, kv_heads * parts, batch)](
             query,
             key,
             value,
@@ -1010,6 +1022,7 @@ def _gradients(
             *strides,
             *key_gradient.stride()[:3],
             *value_gradient.stride()[:3],
+            group // parts,
             *call,
             *more,
             **constants,
@@ -1018,6 +1031,9 @@ def _gradients(
             STAGES=stages,
             num_warps=warps,
         )
+        if parts > 1:
+            key_gradient = key_gradient.unflatten(1, (kv_heads, parts)).sum(2).to(key.dtype)
+            value_gradient = value_gradient.unflatten(1, (kv_heads, parts)).sum(2).to(value.dtype)
     if needs_sinks:
         assert inputs.sink_logits is not None
         share = torch.exp(inputs.sink_logits.float() - log_sum_exp)
@@ -1042,7 +1058,18 @@ def _tile_order(key_codes: Tensor, num_keys: int, size: int) -> tuple[Tensor, Te
     return order.contiguous(), before
 
 
-def _configs(dtype: torch.dtype, block_d: int, given: Config | None) -> tuple[Config, Config]:
-    if given is not None:
-        return given, given
+def _parts(group: int, programs: int, device: torch.device) -> int:
+    """Into how many programs to split the query heads of a kv head. Early keys take the longest, so a few rounds are good.
+
+    Each writes a gradient in float32, which PyTorch adds; so few that their memory is that of a few thousand keys.
+    """
+    enough = (
+        parts
+        for parts in range(1, group + 1)
+        if group % parts == 0 and programs * parts >= ROUNDS * multiprocessors(device)
+    )
+    return next(enough, group)
+
+
+def _configs(dtype: torch.dtype, block_d: int) -> tuple[Config, Config]:
     return (CONFIG_OF_FLOAT32,) * 2 if dtype == torch.float32 else CONFIGS[max(64, block_d)]
