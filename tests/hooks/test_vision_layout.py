@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import Idefics3Processor, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import Idefics3Processor, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, StaticCache
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 import attn_hooks
@@ -302,6 +302,24 @@ def test_the_layout_lasts_through_generate(name: str, beams: int) -> None:
     assert bool((last.kinds[:, before.length :] <= TokenKind.TEXT).all())
     assert len(last.images) == beams * len(before.images)
     assert [span.grid_text() for span in last.images_of(0)] == [span.grid_text() for span in before.images_of(0)]
+
+
+@torch.no_grad()
+def test_decode_steps_of_a_vision_language_model_compile_in_one_graph() -> None:
+    model, inputs = CASES["llava"].model(), CASES["llava"].inputs()
+    attn_hooks.wrap(model, PASTA(spans="image", alpha=0.05))
+
+    def steps(step: Any) -> Tensor:
+        cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
+        model(**inputs, past_key_values=cache)
+        length = inputs["input_ids"].shape[1]
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 64 - length))
+        mask[:, length : length + 2] = 1
+        given = {"input_ids": torch.full((3, 1), 7), "attention_mask": mask, "past_key_values": cache}
+        return torch.cat([step(**given, position_ids=torch.full((3, 1), length + n)).logits for n in range(2)])
+
+    in_eager = steps(model)
+    torch.testing.assert_close(steps(torch.compile(model, fullgraph=True, backend="eager")), in_eager)
 
 
 @torch.no_grad()
