@@ -38,6 +38,12 @@ class Prepared:
     vendor: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     is_settled: bool = True
 
+    @functools.cached_property
+    def is_trained(self) -> bool:
+        """Whether a factor is a parameter that an optimizer changes in place, so that nothing made of it serves twice."""
+        parts = (part for edit in self.primitives for part in vars(edit).values())
+        return any(isinstance(part, Tensor) and part.requires_grad for part in parts)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -59,14 +65,20 @@ def compute(inputs: AttentionInputs, prepared: Prepared, plain: Plain, wants_wei
     # Imported here: machines without a GPU need no Triton.
     from attn_kernels.edited_attention import dispatch
 
-    prepared.lowered, path = dispatch.plan(inputs, prepared.primitives, prepared.lowered)
-    lowered = prepared.lowered
+    lowered, path = dispatch.plan(inputs, prepared.primitives, prepared.lowered)
+    if not prepared.is_trained:
+        prepared.lowered = lowered
     if lowered is None:
         return _in_pytorch(inputs, prepared.primitives, plain, wants_weights, path.why)
     if not lowered.edits_weights and path.name != "decode":
         output, weights = plain()
         output = output.transpose(1, 2)
-        dispatch.head_affine_(output, lowered, lowered.heads)
+        if path.name == "edited flash with gradients":
+            from attn_kernels.edited_attention.backward import with_head_affine
+
+            output = with_head_affine(output, lowered)
+        else:
+            dispatch.head_affine_(output, lowered, lowered.heads)
         return Result(output, weights, "backend + affine", path.why, False, lowered.heads)
     vendor = prepared.vendor.pop() if prepared.vendor else None
     output, _ = dispatch.run(inputs, prepared.primitives, lowered=lowered, vendor=vendor, path=path)

@@ -21,7 +21,7 @@ OUTSIDE_THE_CATALOGUE = {
     ("ValueError", "methods"): "inside pydantic validators: becomes bad-parameters",
     ("NotImplementedError", "edit.py"): "a method without primitives(): its author's mistake, not a user's",
 }
-MAKERS = {"error", "refuse_phase", "refuse"}
+MAKERS = {"error", "refuse_phase", "refuse", "_refused"}
 
 
 def _raises() -> Iterator[tuple[Path, ast.Raise]]:

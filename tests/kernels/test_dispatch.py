@@ -97,9 +97,9 @@ def test_prompts_that_the_vendor_takes(data: st.DataObject) -> None:
     assert path.name != "decode"
 
 
-@given(st.integers(0, 2**31), st.booleans(), st.booleans())
-@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_last_rows_under_edits_that_act_on_all_rows_too(seed: int, maps: bool, affine: bool) -> None:
+@given(st.integers(0, 2**31), st.booleans(), st.booleans(), st.sampled_from([256, 12, 4]))
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_last_rows_under_edits_that_act_on_all_rows_too(seed: int, maps: bool, affine: bool, keys_of_part: int) -> None:
     inputs = plain_call(seed, 150, 4, 2, 1.0)
     index = inputs.key_index
     image, sinks = ((index >= 20) & (index < 130))[None, None], ((index == 0) | (index == 40))[None, None]
@@ -109,7 +109,30 @@ def test_last_rows_under_edits_that_act_on_all_rows_too(seed: int, maps: bool, a
         edits.append(LogitMap(((index > 5) & (index < 9))[None, None], bias=2.0))
     if affine:
         edits.append(HeadAffine(gain=torch.tensor([1.0, 2.0, 1.0, 0.5])))
-    assert check(inputs, edits).name == "vendor + last rows"
+    # The longest untouched run, before the image, is cut into no, one or several parts.
+    with mock.patch.object(dispatch, "FEWEST_KEYS_OF_PART", keys_of_part):
+        assert check(inputs, edits).name == "vendor + last rows"
+
+
+def test_an_edit_of_all_rows_beside_an_order_of_the_last_rows() -> None:
+    rows, keys = (torch.arange(40) >= 30)[None], torch.arange(40) < 20
+    edits: list[Primitive] = [
+        Order(deny=((rows, keys[None]),)),
+        LogitMap((torch.arange(40) < 25)[None, None], bias=1.0),
+    ]
+    with mock.patch.object(dispatch, "MOST_KEYS", 0):
+        assert check(small(), edits).name == "edited flash"
+
+
+def test_many_first_keys() -> None:
+    """An image that every later row sees edited, and a text of which no key is touched."""
+    inputs = plain_call(4, 150, 4, 2, 1.0)
+    index = inputs.key_index
+    image, sinks = ((index >= 5) & (index < 90))[None, None], ((index == 0) | (index == 40))[None, None]
+    edits: list[Primitive] = [Regroup(sinks, 0.4, target=image & ~sinks, rows=(index >= 90)[None])]
+    with mock.patch.object(dispatch, "FEWEST_KEYS_FOR_VENDOR", 50), mock.patch.object(dispatch, "LAST_ROWS", 0):
+        path = check(inputs, [*edits, LogitMap(sinks, bias=0.5), HeadAffine(gain=torch.ones(4) * 2)])
+    assert (path.name, path.why) == ("vendor + first keys", "86 touched keys among the first 90")
 
 
 def small(**fields: object) -> AttentionInputs:
@@ -141,16 +164,16 @@ def test_the_path_and_why(inputs: AttentionInputs, edits: list[Primitive], name:
     assert why in path.why
 
 
-def test_taps_dropout_gradients_and_float64_go_to_pytorch() -> None:
+def test_taps_dropout_gradients_of_an_order_and_float64_go_to_pytorch() -> None:
     received: list[Tensor] = []
     tapped = [MAP, Tap("log_sum_exp", received.append)]
     assert dispatch.run(small(), tapped)[1] == dispatch.Path("pytorch", "a Tap reads the weights")
     assert len(received) == 1
     assert dispatch.run(small(dropout=0.5), [MAP])[1].why == "dropout"
     query = small().query.requires_grad_()
-    output, path = dispatch.run(small(query=query), [MAP])
+    output, path = dispatch.run(small(query=query), [Order(allow=(((torch.arange(40) < 9)[None], SOME_KEYS[0]),))])
     output.sum().backward()
-    assert path.why == "gradients"
+    assert path.why == "gradients under an Order"
     assert query.grad is not None
     doubled = {name: getattr(small(), name).double() for name in ("query", "key", "value")}
     assert dispatch.run(small(**doubled), [MAP])[1].why == "float64"
@@ -283,7 +306,7 @@ def test_gradients_of_an_edits_factors(edit: Callable[[Tensor], Primitive], num_
     factor = torch.tensor([0.5, 0.7], device=inputs.query.device, requires_grad=True)
     # A tensor that is there already stays the same tensor.
     output, path = dispatch.run(inputs, [on_device(edit(factor))])
-    assert path.why == "gradients"
+    assert path.name == "edited flash with gradients"
     output.sum().backward()
     assert factor.grad is not None
 

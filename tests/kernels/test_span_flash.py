@@ -21,7 +21,7 @@ from attn_kernels import (
     Regroup,
     edited_attention_reference,
 )
-from attn_kernels.edited_attention import span_flash
+from attn_kernels.edited_attention import dispatch, span_flash
 from attn_kernels.edited_attention.edited_flash import edited_flash
 from attn_kernels.edited_attention.lowering import LoweredEdits, lower
 from tests.kernels.test_epilogue import plain_call
@@ -57,7 +57,11 @@ def last_rows(inputs: AttentionInputs, lowered: LoweredEdits, first: int, with_r
     assert lowered.span is not None
     output = torch.full_like(inputs.query[..., : inputs.value.shape[-1]], float("nan"))
     run = lowered.span.longest_run(first) if with_run else (0, 0)
-    of_run = plain_attention(inputs, first, slice(*run), False) if run[0] < run[1] else None
+    parts = 2 if inputs.query.shape[0] == 1 and run[1] - run[0] >= 8 else 1
+    run = (run[0], run[1] - (run[1] - run[0]) % parts)
+    of_run = (
+        dispatch.plain_attention_of(dispatch._rows_and_parts(inputs, first, run, parts)) if run[0] < run[1] else None
+    )
     with mock.patch.object(span_flash, "CONFIG_OF_LAST_ROWS", SMALL):
         span_flash.edit_last_rows_(inputs, lowered, output, first, run, of_run)
     return output[:, :, first:]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attn_kernels.edited_attention import blocked, span_flash
+from attn_kernels.edited_attention.backward import backward_refusal, differentiable_edited_attention
 from attn_kernels.edited_attention.column_pass import column_pass
 from attn_kernels.edited_attention.decode import edited_decode
 from attn_kernels.edited_attention.edited_flash import config_of, edited_flash
@@ -31,6 +32,7 @@ PathName = Literal[
     "vendor + last rows",
     "vendor + first keys",
     "edited flash",
+    "edited flash with gradients",
     "decode",
     "pytorch",
 ]
@@ -42,6 +44,8 @@ LAST_ROWS = 1024
 LARGEST_HEAD_DIM = 256
 # So many keys after the last touched one are worth a call of the vendor's attention.
 FEWEST_KEYS_FOR_VENDOR = 512
+# The last rows of a single sample read a long run of keys in parts, so that there are programs for all multiprocessors.
+FEWEST_KEYS_OF_PART, MOST_PARTS = 256, 8
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ def choose(inputs: AttentionInputs, lowered: LoweredEdits) -> Path:
     listed = lowered.summary.at_most
     if listed <= MOST_KEYS:
         return Path("vendor + epilogue", f"{listed} touched keys")
-    if lowered.scoped_rows and _few_keys(lowered.unscoped):
+    if (lowered.unscoped is not None or not lowered.acts_on_all_rows) and _few_keys(lowered.unscoped):
         last_rows = inputs.num_queries - lowered.first_scoped_row
         if last_rows * inputs.num_heads // inputs.key.shape[1] <= LAST_ROWS:
             return Path("vendor + last rows", f"{listed} touched keys in the last {last_rows} rows")
@@ -137,6 +141,8 @@ def run(
     if lowered is None or path.name == "pytorch":
         output = blocked.edited_attention(inputs, [edit for edit in edits if not isinstance(edit, HeadAffine)])
         return blocked.head_affine(output, edits), path
+    if path.name == "edited flash with gradients":
+        return differentiable_edited_attention(inputs, lowered), path
     if path.name == "decode":
         return edited_decode(inputs, lowered), path
     heads = lowered.heads
@@ -172,10 +178,12 @@ def _last_rows(inputs: AttentionInputs, lowered: LoweredEdits, output: Tensor, l
     first, heads, unscoped = lowered.first_scoped_row, lowered.heads, lowered.unscoped
     if first < inputs.num_queries:
         run = (0, 0) if lowered.span is None else lowered.span.longest_run(first if inputs.causal else inputs.num_keys)
-        if run[1] - run[0] < FEWEST_KEYS_FOR_VENDOR:
-            run = (0, 0)
+        parts = (run[1] - run[0]) // FEWEST_KEYS_OF_PART
+        # A power of two: each number is a kernel of its own.
+        parts = min(1 << max(0, parts.bit_length() - 1), MOST_PARTS if len(inputs.query) == 1 else 1) if parts else 0
+        run = (run[0], run[1] - (run[1] - run[0]) % parts) if parts else (0, 0)
         if inputs.num_queries == inputs.num_keys and _few_others(lowered, inputs, run):
-            of_run = None if run == (0, 0) else vendor_attention(_rows_and_keys(inputs, first, run))
+            of_run = plain_attention_of(_rows_and_parts(inputs, first, run, parts)) if parts else None
             span_flash.edit_last_rows_(inputs, lowered, output, first, run, of_run, heads)
         else:
             last = edited_decode(_from_row(inputs, first), lowered.of_last_rows)
@@ -209,16 +217,34 @@ def _from_key(inputs: AttentionInputs, first: int) -> AttentionInputs:
     )
 
 
-def _rows_and_keys(inputs: AttentionInputs, first: int, run: tuple[int, int]) -> AttentionInputs:
-    """Queries from ``first`` on and the keys of ``run``, all of which they see; for calls that the vendor takes."""
-    keys = slice(*run)
+def _rows_and_parts(inputs: AttentionInputs, first: int, run: tuple[int, int], parts: int) -> AttentionInputs:
+    """Queries from ``first`` on and the keys of ``run``, all of which they see, as ``parts`` samples of one sample's keys."""
+
+    def split(tensor: Tensor) -> Tensor:
+        keys = tensor[:, :, run[0] : run[1]]
+        return keys if parts == 1 else keys[0].unflatten(1, (parts, -1)).transpose(0, 1)
+
+    query = inputs.query[:, :, first:]
+    key = split(inputs.key)
+    num_keys = key.shape[2]
     return replace(
         inputs,
-        query=inputs.query[:, :, first:],
-        key=inputs.key[:, :, keys],
-        value=inputs.value[:, :, keys],
+        query=query if parts == 1 else query.expand(parts, -1, -1, -1),
+        key=key,
+        value=split(inputs.value),
+        query_index=inputs.query_index[first:],
+        key_index=inputs.key_index[:num_keys],
+        key_valid=inputs.key_valid[:, :num_keys],
         causal=False,
+        first_query=0,
     )
+
+
+def plain_attention_of(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """By our own kernel, for which a few queries to many keys are as well as any: output and log-sum-exp."""
+    output, log_sum_exp = edited_flash(inputs, lower(inputs, []), with_log_sum_exp=True)
+    assert log_sum_exp is not None
+    return output, log_sum_exp
 
 
 def _from_row(inputs: AttentionInputs, first: int) -> AttentionInputs:
@@ -285,17 +311,22 @@ def plan(
         return None, Path("pytorch", refusal)
     if any(isinstance(edit, Tap) for edit in edits):
         return None, Path("pytorch", "a Tap reads the weights")
-    if torch.is_grad_enabled() and _needs_gradients(inputs, edits):
-        return None, Path("pytorch", "gradients")
-    if lowered is None:
+    trains = torch.is_grad_enabled() and _needs_gradients(inputs, edits)
+    # What was lowered in an earlier step has that step's graph.
+    if lowered is None or trains:
         try:
             lowered = lower(inputs, edits)
         except NotLowered as reason:
             return None, Path("pytorch", str(reason))
-    return lowered, choose(inputs, lowered)
+    if not trains:
+        return lowered, choose(inputs, lowered)
+    refusal = backward_refusal(inputs, lowered)
+    if refusal is not None:
+        return None, Path("pytorch", refusal)
+    return lowered, Path("edited flash with gradients", "factors or inputs are trained")
 
 
 def _needs_gradients(inputs: AttentionInputs, edits: Sequence[Primitive]) -> bool:
-    """Whether a tensor of the call or a factor of its edits is to be trained: the kernels have no backward."""
+    """Whether a tensor of the call or a factor of its edits is to be trained."""
     tensors = [part for thing in (inputs, *edits) for part in vars(thing).values() if isinstance(part, Tensor)]
     return any(tensor.requires_grad for tensor in tensors)

@@ -243,7 +243,9 @@ def _epilogue(
     sound = (growing * size_before <= growth * size_after) & (growing * smallest_remainder <= 1)
     unsound = tl.sum((row_inside & (sound == 0)).to(tl.int32)) > 0
     overflows = (listed > BLOCK_M) & (tl.sum(row_inside.to(tl.int32)) > 0)
-    if unsound | overflows:
+    if FLAG_ROWS == BLOCK_N:
+        tl.store(flags_base + row_tile, (unsound | overflows).to(tl.int32))
+    elif unsound | overflows:
         tl.store(flags_base + row_tile * BLOCK_N // FLAG_ROWS, 1)
     if HAS_AFFINE:
         affine = tl.where(head_gain == 0, 0.0, edited * head_gain) + head_offset
@@ -271,9 +273,6 @@ def epilogue_(
     query, key, value = (last_contiguous(tensor) for tensor in (inputs.query, inputs.key, inputs.value))
     batch, num_heads, num_queries, head_dim = query.shape
     value_dim = value.shape[3]
-    flags = torch.zeros(
-        batch, num_heads, triton.cdiv(num_queries, rows_per_flag), dtype=torch.int32, device=query.device
-    )
     listed, codes, rows, regroup = lowered.listed, lowered.key_codes, lowered.row_codes, lowered.regroup
     gain, offset = lowered.gain, lowered.offset
     block_n, warps = CONFIG
@@ -282,6 +281,9 @@ def epilogue_(
     used_heads = num_heads if heads is None else len(heads)
     first, last = lowered.touched_rows(num_queries)
     last = last if stop_row is None else min(last, stop_row)
+    # Those of all tiles are written.
+    make = torch.empty if rows_per_flag == block_n and last - first == num_queries else torch.zeros
+    flags = make(batch, num_heads, triton.cdiv(num_queries, rows_per_flag), dtype=torch.int32, device=query.device)
     if used_heads == 0 or first >= last:
         return flags
     _epilogue[(used_heads, triton.cdiv(last, block_n) - first // block_n, batch)](

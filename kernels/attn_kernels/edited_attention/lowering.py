@@ -75,11 +75,14 @@ class LoweredEdits:
         """Bits of all row scopes among the edits."""
         return sum(1 << bit for bit in set(self._row_bits) if bit != NO_BIT)
 
+    @property
+    def acts_on_all_rows(self) -> bool:
+        """Whether some edit has no row scope."""
+        return NO_BIT in self._row_bits or self.order_values is not None or self.row_codes is None
+
     def touched_rows(self, num_queries: int) -> tuple[int, int]:
         """The rows (first, one past the last) outside which no edit acts. Waits for the device."""
-        if NO_BIT in self._row_bits or self.order_values is not None or self.row_codes is None:
-            return 0, num_queries
-        return self.scoped_range
+        return (0, num_queries) if self.acts_on_all_rows else self.scoped_range
 
     @property
     def _row_bits(self) -> list[int]:
@@ -210,7 +213,7 @@ class KeySpan:
 
     def longest_run(self, before: int) -> tuple[int, int]:
         """Of the runs, cut off at ``before``; (0, 0) if there is none."""
-        runs = [(first, min(stop, before)) for first, stop in self.runs]
+        runs = [(first, min(stop, before)) for first, stop in self.runs if first < before]
         return max(runs, key=lambda run: run[1] - run[0], default=(0, 0))
 
     def others_without(self, first: int, stop: int, num_keys: int) -> Tensor:
@@ -498,6 +501,9 @@ def _packed_keys(keys: _Bits) -> Tensor | None:
     keys.tensors = [tensor if tensor.ndim == 3 else tensor[:, None] for tensor in keys.tensors]
     if only is None:
         return keys.packed()
+    if only.ndim == 3 and only.shape[1] > 1 and only.dtype == torch.bool and only.is_contiguous():
+        # A group by head is found anew in every layer, and its bytes are the code of bit 0 already.
+        return only.view(torch.uint8)
     if only not in _codes_of_group:
         packed = keys.packed()
         assert packed is not None

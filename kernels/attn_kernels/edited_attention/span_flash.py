@@ -142,7 +142,7 @@ def _span_flash(
     offset,
     offset_b,
     CAUSAL: tl.constexpr,
-    HAS_GIVEN: tl.constexpr,
+    GIVEN_PARTS: tl.constexpr,
     HAS_HOLES: tl.constexpr,
     HAS_ROW_CODES: tl.constexpr,
     NUM_MAPS: tl.constexpr,
@@ -204,16 +204,16 @@ def _span_flash(
     other_codes = tl.load(key_codes + batch * codes_b + other_keys, mask=other_keys < num_codes, other=0).to(tl.int32)
     highest = tl.full([BLOCK_N], LOWEST_MAXIMUM, tl.float32)
     rest_total = tl.zeros([BLOCK_N], tl.float32)
-    if HAS_GIVEN:
+    if GIVEN_PARTS > 0:
         given_row = rows - first_given
         has_given = row_inside & (given_row >= 0)
-        given_lse = tl.load(
-            given_log_sum_exp + (batch * num_heads + head) * (num_queries - first_given) + given_row,
-            mask=has_given,
-            other=0.0,
-        )
-        highest = tl.where(has_given, given_lse * LOG2_E, highest)
-        rest_total = tl.where(has_given, 1.0, 0.0)
+        given_lse_at = given_log_sum_exp + (batch * num_heads + head) * (num_queries - first_given) + given_row
+        given_lse_b = num_heads * (num_queries - first_given)
+    for part in tl.static_range(GIVEN_PARTS):
+        lse = tl.load(given_lse_at + part * given_lse_b, mask=has_given, other=float("-inf")) * LOG2_E
+        new_highest = tl.maximum(highest, lse)
+        rest_total = rest_total * tl.exp2(highest - new_highest) + tl.exp2(lse - new_highest)
+        highest = new_highest
 
     # The span.
     row_scale, row_absolute, row_bias = map_of_rows(row_code, head, map_coefficients, num_heads, SPAN_TERM, MAP_ROWS)
@@ -349,13 +349,14 @@ def _span_flash(
     if SPAN_IS_TARGET:
         span_factor = target_factor
     accumulator = span_accumulator * (span_factor * span_shrink / whole)[:, None]
-    if HAS_GIVEN:
+    for part in tl.static_range(GIVEN_PARTS):
         given_tile = tl.load(
-            given + batch * g_b + head * g_h + given_row[:, None].to(tl.int64) * g_n + in_dv[None, :],
+            given + (batch + part) * g_b + head * g_h + given_row[:, None].to(tl.int64) * g_n + in_dv[None, :],
             mask=has_given[:, None] & (in_dv[None, :] < DV),
             other=0.0,
         ).to(tl.float32)
-        accumulator += given_tile * (rest_factor * given_weight / whole)[:, None]
+        lse = tl.load(given_lse_at + part * given_lse_b, mask=has_given, other=float("-inf")) * LOG2_E
+        accumulator += given_tile * (rest_factor * tl.exp2(lse - highest) / whole)[:, None]
     for place in tl.range(0, num_others, BLOCK_M, num_stages=1):
         if not ONE_TILE:
             at = place + in_m
@@ -432,8 +433,8 @@ def edit_last_rows_(
     """Writes the rows from ``first_row`` on of ``output`` ``(B, H, N, Dv)``, for a call of as many queries as keys.
 
     ``of_run``: output ``(B, H, R, Dv)`` and log-sum-exp ``(B, H, R)`` of plain attention of these rows to the keys of ``run``,
-    (first, one past the last), which no edit touches and all of these rows see; None if it is empty. ``heads`` (h,) int32
-    restricts the work to some heads.
+    (first, one past the last), which no edit touches and all of these rows see; None if it is empty. Of a single sample it
+    may be P parts of the run, ``(P, H, R, Dv)`` and ``(P, H, R)``. ``heads`` (h,) int32 restricts the work to some heads.
     """
     assert lowered.span is not None
     others = lowered.span.others_without(run[0], run[1], inputs.num_keys)
@@ -498,7 +499,7 @@ def _launch(
         offset,
         batch_stride(offset),
         CAUSAL=inputs.causal,
-        HAS_GIVEN=given is not None,
+        GIVEN_PARTS=0 if given is None else given[0].shape[0] // batch,
         HAS_HOLES=span.has_holes,
         HAS_ROW_CODES=rows is not None,
         NUM_MAPS=lowered.num_maps,
