@@ -25,7 +25,13 @@ import triton.language as tl
 from torch import Tensor
 
 from attn_kernels.edited_attention.edited_flash import LOWEST_MAXIMUM, load_tile
-from attn_kernels.edited_attention.launch import batch_stride, last_contiguous, multiprocessors, power_of_two
+from attn_kernels.edited_attention.launch import (
+    batch_stride,
+    can_overlap,
+    last_contiguous,
+    multiprocessors,
+    power_of_two,
+)
 from attn_kernels.edited_attention.lowering import NO_BIT, LoweredEdits, NotLowered
 from attn_kernels.edited_attention.tiles import (
     LN_2,
@@ -48,13 +54,15 @@ ROWS_OF_PROGRAM = 64
 CONFIGS: dict[int, tuple[int, int, int]] = {64: (128, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3)}
 CONFIGS_FLOAT32: dict[int, tuple[int, int, int]] = {64: (64, 4, 2), 128: (32, 4, 2), 256: (32, 4, 1)}
 # Splits are as many as keep every multiprocessor busy with so many programs, none with fewer tiles than the second number,
-# and no more than the third, or with a Regroup, whose parts a second launch merges, the fourth.
+# and no more than the third, or above so many tiles the fourth.
 PROGRAMS_PER_MULTIPROCESSOR = 2
 FEWEST_TILES_OF_SPLIT = 1
 MOST_SPLITS = 32
-MOST_SPLITS_OF_CLASSES = 64
-# Without a Regroup, a second launch merges parts of more numbers than this.
+MANY_TILES, MOST_SPLITS_OF_MANY_TILES = 256, 64
+# A second launch merges the parts of a Regroup, parts of more numbers than this, and all parts where it can start while the
+# first one runs and wait on the device, which pays for splits of at most so many tiles.
 MOST_MERGED_IN_PLACE = 2**16
+MOST_TILES_TO_OVERLAP = 4
 # Numbers that a merge holds in registers at once, accumulators included, splits among them, and steps it loads ahead.
 MERGED_AT_ONCE = 20480
 SPLITS_AT_ONCE = 32
@@ -62,8 +70,6 @@ MERGE_STAGES = 1
 # Rows of a program of the second launch, classes counted, and its warps.
 ROWS_OF_MERGE = 4
 WARPS_OF_MERGE = 4
-# Whether the second launch starts while the first one runs, and waits on the device, where the device can.
-OVERLAP = False
 # Counters for captured calls, each of which gets its own, and for the eager calls of one stream, which share theirs.
 COUNTERS_FOR_GRAPHS = 2**20
 COUNTERS_OF_STREAM = 2**14
@@ -849,6 +855,7 @@ def edited_decode(
     valid = last_contiguous(inputs.key_valid).view(torch.uint8) if needs_valid else None
     layout = _layout(query.dtype, num_rows, edits.classes, head_dim, value_dim, config)
     groups = batch * kv_heads * layout.row_blocks
+    overlaps = True
     if splits is None:
         # As in the kernel: the keys that some row may see by index.
         start, stop = 0, num_keys
@@ -858,13 +865,14 @@ def edited_decode(
                 stop = min(num_keys, inputs.window + num_queries)
             elif inputs.window is not None:
                 start = max(0, query_offset - inputs.window + 1)
-        splits = number_of_splits(
-            groups,
-            -(-max(0, stop - start) // layout.block_m),
-            multiprocessors(query.device),
-            MOST_SPLITS if edits.classes == 1 else MOST_SPLITS_OF_CLASSES,
-        )
-    merge_apart = splits > 1 and (edits.classes > 1 or splits * layout.merged > MOST_MERGED_IN_PLACE)
+        tiles = -(-max(0, stop - start) // layout.block_m)
+        most_splits = MOST_SPLITS if tiles <= MANY_TILES else MOST_SPLITS_OF_MANY_TILES
+        splits = number_of_splits(groups, tiles, multiprocessors(query.device), most_splits)
+        overlaps = tiles <= MOST_TILES_TO_OVERLAP * splits
+    overlaps = overlaps and can_overlap(query.device)
+    merge_apart = splits > 1 and (
+        edits.classes > 1 or can_overlap(query.device) or splits * layout.merged > MOST_MERGED_IN_PLACE
+    )
 
     output = value.new_empty(batch, num_queries, num_heads, value_dim)
     log_sum_exp = (
@@ -952,6 +960,7 @@ def edited_decode(
             return_log_sum_exp,
             splits == 1,
             merge_apart,
+            overlaps,
         )
         compiled = edits.compiled.get(alike)
         if compiled is not None:
@@ -960,7 +969,6 @@ def edited_decode(
             if merge_apart:
                 merge[merge_grid](*merge_arguments, *merge_constants)
             return _result(output, log_sum_exp)
-    overlaps = _overlaps(query.device)
     by_name = {
         "CAUSAL": inputs.causal,
         "HAS_WINDOW": inputs.window is not None,
@@ -1164,11 +1172,6 @@ def number_of_splits(programs: int, tiles: int, multiprocessors: int, most_split
     most = max(1, min(most_splits, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // programs))
     tiles_of_split = max(FEWEST_TILES_OF_SPLIT, -(-tiles // most))
     return max(1, -(-tiles // tiles_of_split))
-
-
-@functools.cache
-def _overlaps(device: torch.device) -> bool:
-    return OVERLAP and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class _Counters:
