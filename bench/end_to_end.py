@@ -6,7 +6,8 @@ Random weights of the true shapes, built from configs: this is about time and me
 one turn, the unwrapped model one at both ends, and the order is reversed from round to round; medians of wall time with
 the device synchronised at both ends, Python included. ``prefill``: one forward over the prompt and the argmax of the last
 logits (LLaVA's includes its vision tower). ``decode``: 64 greedy tokens after a prompt of 2048, by a plain forward loop
-with a DynamicCache, and by ``generate``, whose tokens a second count its prefill.
+with a DynamicCache, and by ``generate``, whose tokens a second count its prefill. ``replay``: as many steps on a StaticCache,
+captured in a CUDA graph once and replayed: what is left is the device's own time.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    StaticCache,
 )
 
 import attn_hooks
@@ -266,6 +268,37 @@ class Model:
             token = logits[:, -1:].argmax(-1)
         return self._now() - begin
 
+    def replay(self, prompt: dict[str, Tensor]) -> float:
+        """Seconds for the new tokens after the prompt, each the replay of one captured step."""
+        length, new = prompt["input_ids"].shape[1], self.case.new_tokens
+        cache = StaticCache(config=self.text, max_cache_len=length + new + 2)
+        mask = torch.ones(1, length + new + 2, dtype=torch.long, device=self.device)
+        positions = torch.arange(length, device=self.device)[None]
+        given = {"attention_mask": mask[:, :length], "position_ids": positions}
+        logits = self.model(**prompt, **given, past_key_values=cache, logits_to_keep=1).logits
+        token, position = logits[:, -1:].argmax(-1), positions[:, -1:] + 1
+
+        def step() -> None:
+            logits = self.model(
+                input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1
+            ).logits
+            token.copy_(logits[:, -1:].argmax(-1))
+            position.add_(1)
+
+        step()
+        if self.device.type != "cuda":
+            begin = self._now()
+            for _ in range(new):
+                step()
+            return self._now() - begin
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        begin = self._now()
+        for _ in range(new):
+            graph.replay()
+        return self._now() - begin
+
     def generate(self, prompt: dict[str, Tensor], new_tokens: int) -> float:
         """Seconds of ``generate``, the prefill counted."""
         begin = self._now()
@@ -295,7 +328,8 @@ class Bench:
         for name, case in (SMOKE_CASES if self.options.smoke else CASES).items():
             if self.options.shapes is not None and name not in self.options.shapes:
                 continue
-            groups = [("prefill", length) for length in case.prefill_lengths] + [("decode", case.decode_length)]
+            groups = [("prefill", length) for length in case.prefill_lengths]
+            groups += [("decode", case.decode_length), ("replay", case.decode_length)]
             # The shortest prompt and decode first: what a short budget should have.
             groups.sort(key=lambda group: group[1] > case.decode_length)
             groups = [group for group in groups if self.is_wanted(name, *group)]
@@ -336,7 +370,7 @@ class Bench:
                 setting.notes["skipped"] = self.hopeless[setting.name]
                 setting.is_out = True
         prompt = model.prompt(length)
-        rounds = ROUNDS_OF_DECODE if phase == "decode" else ROUNDS_OF_PREFILL.get(length, 3)
+        rounds = ROUNDS_OF_PREFILL.get(length, 3) if phase == "prefill" else ROUNDS_OF_DECODE
         if self.options.smoke:
             rounds = 1
         for turn in range(rounds + 1):
@@ -392,6 +426,8 @@ class Bench:
         if phase == "prefill":
             seconds, _, _, is_finite = model.first_token(prompt)
             setting.is_finite = is_finite
+        elif phase == "replay":
+            seconds = model.replay(prompt)
         else:
             seconds = model.decode(prompt)
             generated = model.generate(prompt, 2 if is_warm_up else model.case.new_tokens)
@@ -418,7 +454,7 @@ class Bench:
             "setting": setting.name,
             "phase": phase,
             "n_prompt": length,
-            "ms": rounded(None if median is None else median * 1e3 / (new if phase == "decode" else 1)),
+            "ms": rounded(None if median is None else median * 1e3 / (1 if phase == "prefill" else new)),
             "speed_ratio": rounded(self.share(baseline.seconds, setting.seconds)),
             "repetitions": len(setting.seconds),
             "peak_mib": rounded(setting.peak_mib, 6),

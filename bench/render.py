@@ -129,6 +129,8 @@ def end_to_end_markdown(results: dict[str, Any]) -> str:
             header += (
                 [f"first token, {_tokens(prompt)}"]
                 if phase == "prefill"
+                else ["decode, CUDA graph"]
+                if phase == "replay"
                 else ["decode, forward loop", "decode, `generate`"]
             )
         body = []

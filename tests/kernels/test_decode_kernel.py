@@ -373,6 +373,7 @@ def test_a_call_without_regroup_is_one_launch_unless_it_merges_much(monkeypatch:
     for num_queries, regrouped, expected in ((1, False, []), (1, True, [4]), (32, False, [4])):
         launches.clear()
         monkeypatch.setattr(decode, "MOST_MERGED_IN_PLACE", 4 * 16 * 16)
+        monkeypatch.setattr(decode, "can_overlap", lambda device: False)
         edits = on_device([Regroup(group(64, 0), 0.5)] if regrouped else [])
         inputs = on_device(long_call(64, num_queries))
         edited_decode(inputs, lower(inputs, edits), splits=4, config=SMALL)

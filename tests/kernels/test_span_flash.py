@@ -93,7 +93,8 @@ def span_edits(draw: st.DrawFn, rows_from: int | None = None) -> tuple[Attention
         absolute = torch.tensor([draw(number) for _ in range(heads)])
         edits.append(LogitMap(spans, scale=draw(number), absolute=absolute, bias=draw(number), rows=rows))
     if kind == "map and others":
-        edits.append(LogitMap((sinks & ~span)[None, None], bias=draw(number), rows=rows))
+        others = sinks if draw(st.booleans()) else sinks & ~span
+        edits.append(LogitMap(others[None, None], bias=draw(number), rows=rows))
     if kind in ("target", "rest"):
         gate = Gate(spans, draw(st.floats(0, 0.5)), spans & sinks, draw(st.floats(0.1, 1.0)))
         target = spans & ~sinks if kind == "target" else None
@@ -187,7 +188,10 @@ def test_a_source_or_span_that_holds_nearly_all_mass_costs_no_digits(mass: float
             (first_keys(on_gpu, lowered), expected, 0),
             (last_rows(on_gpu, lowered, 95, True), expected[:, :, 95:], 95),
         ):
-            allowed = (attention - plain)[:, :, first:].norm() / plain[:, :, first:].norm()
+            # Of a sink that is nearly all, plain attention makes hardly an error; the edit's result is to be rounded, too.
+            allowed = (attention - plain)[:, :, first:].norm() / plain[:, :, first:].norm() + torch.finfo(
+                key.dtype
+            ).eps / 4
             assert (found.double().cpu() - wanted).norm() / wanted.norm() <= 2 * allowed
 
 

@@ -22,8 +22,6 @@ from attn_kernels.inputs import AttentionInputs
 from attn_kernels.primitives import Gate, HeadAffine, LogitMap, Order, Primitive, Regroup, Sparsity
 
 BITS = 8
-# The byte that stands for a list whose keys do not all have the same one.
-MIXED = 256
 # No key has this index.
 NO_KEY = 2**30
 # In the packed constants below, a term's bit index takes four bits; 15 says that the term has no such bit.
@@ -137,15 +135,13 @@ class LoweredEdits:
     @cached_property
     def summary(self) -> TouchedKeys:
         """What the host knows of the touched keys. Waits for the device."""
-        regroup = self.regroup
-        place = ("summary", *((regroup.source, regroup.target) if regroup is not None else ()))
-        if place not in self._of_codes:
-            self._of_codes[place] = summarize(self)
-        return self._of_codes[place]
+        if "summary" not in self._of_codes:
+            self._of_codes["summary"] = summarize(self)
+        return self._of_codes["summary"]
 
     @cached_property
     def span(self) -> KeySpan | None:
-        """The one long list of the edit, if it has one and no Order. Waits for the device."""
+        """The keys that one edit has in common, if it has no Order. Waits for the device."""
         if self.num_pairs or self.order_values is not None or self.key_codes.shape[1] > 1:
             return None
         regroup = self.regroup
@@ -190,10 +186,10 @@ class ListedKeys:
 
 @dataclass(frozen=True)
 class KeySpan:
-    """The longest list, whose keys all get one edit."""
+    """The most keys that all get one edit and are no source."""
 
-    which: int  # 0 or 2 of the lists
-    code: int  # the byte of its keys
+    is_target: bool
+    code: int  # their byte
     term: int  # the place of their LogitMap, or NO_BIT
     start: int
     stop: int
@@ -203,7 +199,7 @@ class KeySpan:
 
     @cached_property
     def bias(self) -> Tensor:
-        """``(b, keys from start to stop)`` float32: 0 for a key of the list, minus infinity for another."""
+        """``(b, keys from start to stop)`` float32: 0 for a member, minus infinity for another."""
         return torch.where(self.members[:, self.start : self.stop], 0.0, float("-inf"))
 
     @cached_property
@@ -217,7 +213,7 @@ class KeySpan:
         return max(runs, key=lambda run: run[1] - run[0], default=(0, 0))
 
     def others_without(self, first: int, stop: int, num_keys: int) -> Tensor:
-        """``(b, n)`` int32: the keys outside the list and outside ``first`` to ``stop``, ascending, filled up with NO_KEY.
+        """``(b, n)`` int32: the keys that are no members, and not from ``first`` to ``stop``, ascending, filled up with NO_KEY.
 
         Of ``num_keys`` keys. Waits for the device the first time.
         """
@@ -231,11 +227,10 @@ class KeySpan:
 
 @dataclass(frozen=True)
 class TouchedKeys:
-    """Of the three lists, on the host."""
+    """What the host knows of the lists."""
 
     at_most: int  # the largest number of touched keys of a head
     end: int  # one past the last touched key of any head
-    codes: tuple[int, int, int]  # the byte of all keys of a list, in all heads and samples; MIXED where they differ
 
 
 @dataclass(frozen=True)
@@ -395,36 +390,28 @@ def summarize(lowered: LoweredEdits) -> TouchedKeys:
     """From the codes, in one transfer."""
     codes = lowered.key_codes
     if not codes.numel():
-        return TouchedKeys(0, 0, (0, 0, 0))
-    touched, kind = codes != 0, _list_of(lowered)
+        return TouchedKeys(0, 0)
+    touched = codes != 0
     ends = torch.where(touched, torch.arange(1, codes.shape[-1] + 1, device=codes.device), 0)
-    found = [touched.sum(-1).max(), ends.max()]
-    for which in range(3):
-        # Keys of other lists leave the least and the largest byte as they are.
-        chosen = touched & (kind == which)
-        found += [torch.where(chosen, codes, 255).min(), torch.where(chosen, codes, 0).max()]
-    at_most, end, *bytes_of_lists = torch.stack([number.long() for number in found]).tolist()
-    least, largest = bytes_of_lists[::2], bytes_of_lists[1::2]
-    first, second, third = (high if low >= high else MIXED for low, high in zip(least, largest, strict=True))
-    return TouchedKeys(at_most, end, (first, second, third))
+    at_most, end = torch.stack([touched.sum(-1).max(), ends.max()]).tolist()
+    return TouchedKeys(at_most, end)
 
 
 def find_span(lowered: LoweredEdits) -> KeySpan | None:
     """Of codes ``(b, 1, m)``."""
     codes, kind = lowered.key_codes[:, 0], _list_of(lowered)[:, 0]
-    if not codes.numel():
-        return None
-    lists = [(codes != 0) & (kind == which) for which in (0, 2)]
-    sizes = torch.stack([members.sum(-1).amin() for members in lists]).tolist()
-    longest = 1 if sizes[1] > sizes[0] else 0
-    members, which = lists[longest], 2 * longest
-    code = lowered.summary.codes[which]
+    of_codes = torch.bincount(torch.where(kind == 1, 0, codes).flatten().long(), minlength=2)
+    of_codes[0] = 0
+    most, code = (int(found) for found in of_codes.max(0))
     terms = [term for term in range(lowered.num_maps) if code >> (lowered.map_keys >> (4 * term) & 15) & 1]
-    if code == MIXED or sizes[longest] == 0 or len(terms) > 1:
+    if most == 0 or len(terms) > 1:
         return None
+    members = codes == code
+    regroup = lowered.regroup
+    is_target = regroup is not None and regroup.target != NO_BIT and code >> regroup.target & 1 == 1
     of_any = members.any(0).tolist()
     return KeySpan(
-        which=which,
+        is_target=is_target,
         code=code,
         term=terms[0] if terms else NO_BIT,
         start=of_any.index(True),

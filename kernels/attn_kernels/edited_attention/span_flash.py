@@ -507,7 +507,7 @@ def _launch(
         MAP_ROWS=lowered.map_rows,
         SPAN_TERM=span.term,
         SPAN_CODE=span.code,
-        SPAN_IS_TARGET=span.which == 2,
+        SPAN_IS_TARGET=span.is_target,
         ONE_TILE=others.shape[1] <= block_m,
         HAS_REGROUP=regroup is not None,
         SOURCE=NO_BIT if regroup is None else regroup.source,
