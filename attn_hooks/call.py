@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attn_hooks import engine
 from attn_hooks.layout import TokenLayout
-from attn_kernels import AttentionInputs, Primitive, Tap, indices_of_heads, read_taps
+from attn_kernels import AttentionInputs, Primitive, Tap, head_selection, indices_of_heads, read_taps
 from attn_kernels.primitives import TapKind
 
 T = TypeVar("T")
@@ -78,7 +78,7 @@ class AttentionCall:
         place = (heads, self.heads, self.device)
         if place not in self.selections:
             named = {head for layer, head in heads if layer == self.layer}
-            self.selections[place] = torch.tensor([head in named for head in self.heads], device=self.device)
+            self.selections[place] = head_selection([head in named for head in self.heads], self.device)
         return self.selections[place]
 
     def keys_at(self, positions: Tensor) -> Tensor:

@@ -67,6 +67,7 @@ ATTN_KERNELS = {
     "edited_attention_reference",
     "edited_weights",
     "head_affine",
+    "head_selection",
     "indices_of_heads",
     "moved_mass",
     "read_taps",

@@ -10,17 +10,19 @@ The identity is gain 1 and offset 0.
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import ClassVar
 
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from attn_hooks.call import AttentionCall
 from attn_hooks.edit import Edit, Reads, Scope, TensorField, Writes
 from attn_hooks.errors import error
 from attn_hooks.model_info import ModelInfo
 from attn_kernels import HeadAffine as HeadAffinePrimitive
-from attn_kernels import Primitive
+from attn_kernels import Primitive, head_selection
 
 
 class HeadAffine(Edit):
@@ -53,10 +55,9 @@ class HeadAffine(Edit):
 
     def heads_in(self, model: ModelInfo, layer: int) -> tuple[int, ...]:
         touched: set[int] = set()
-        if self.gain is not None and layer < len(self.gain):
-            touched.update((self.gain[layer] != 1).nonzero().flatten().tolist())
-        if self.offset is not None and layer < len(self.offset):
-            touched.update((self.offset[layer] != 0).any(-1).nonzero().flatten().tolist())
+        for tensor, identity in ((self.gain, 1), (self.offset, 0)):
+            if tensor is not None and layer < len(tensor):
+                touched.update(head for head, changes in enumerate(_changing(tensor, identity)[layer]) if changes)
         return tuple(sorted(touched))
 
     def check(self, model: ModelInfo) -> None:
@@ -80,6 +81,32 @@ class HeadAffine(Edit):
     def primitives(self, call: AttentionCall) -> list[Primitive]:
         here = slice(call.heads.start, call.heads.stop)
         value_dim = call.inputs.value.shape[-1]
-        gain = None if self.gain is None else self.gain[call.layer, here].to(call.device)
-        offset = None if self.offset is None else self.offset[call.layer, here, :value_dim].to(call.device)
-        return [HeadAffinePrimitive(gain=gain, offset=offset)]
+        gain = None if self.gain is None else self.gain[call.layer, here].to(call.device, non_blocking=True)
+        offset = (
+            None
+            if self.offset is None
+            else self.offset[call.layer, here, :value_dim].to(call.device, non_blocking=True)
+        )
+        if any(tensor is not None and tensor.requires_grad for tensor in (gain, offset)):
+            # Training may change any head.
+            return [HeadAffinePrimitive(gain=gain, offset=offset)]
+        tables = [(self.gain, 1), (self.offset, 0)]
+        changing = [_changing(tensor, identity)[call.layer][here] for tensor, identity in tables if tensor is not None]
+        heads = head_selection([any(parts) for parts in zip(*changing, strict=True)], call.device)
+        return [HeadAffinePrimitive(gain=gain, offset=offset, heads=heads)]
+
+
+def _changing(tensor: Tensor, identity: int) -> list[list[bool]]:
+    """By layer and head, whether ``tensor`` ``(layers, heads, ...)`` is not the identity; from the device only once."""
+    version = 0 if tensor.is_inference() else tensor._version
+    known = _changing_heads.get(tensor)
+    if known is None or known[0] != version:
+        known = (
+            version,
+            (tensor.detach().flatten(2).ne(identity).any(-1) if tensor.ndim > 2 else tensor != identity).tolist(),
+        )
+        _changing_heads[tensor] = known
+    return known[1]
+
+
+_changing_heads: MutableMapping[Tensor, tuple[int, list[list[bool]]]] = WeakTensorKeyDictionary()

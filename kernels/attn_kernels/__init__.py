@@ -4,7 +4,7 @@ Knows torch and triton only: no models, no configs, no transformers.
 """
 
 from attn_kernels.edited_attention.blocked import edited_attention, edited_weights, head_affine, moved_mass, read_taps
-from attn_kernels.edited_attention.lowering import indices_of_heads
+from attn_kernels.edited_attention.lowering import head_selection, indices_of_heads
 from attn_kernels.edited_attention.reference import edited_attention_reference
 from attn_kernels.inputs import AttentionInputs
 from attn_kernels.patterns import Pattern, PowerOfTwoBlocks, SinkAndWindow
@@ -27,6 +27,7 @@ __all__ = [
     "edited_attention_reference",
     "edited_weights",
     "head_affine",
+    "head_selection",
     "indices_of_heads",
     "moved_mass",
     "read_taps",

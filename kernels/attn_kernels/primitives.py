@@ -95,13 +95,15 @@ class Regroup:
 class HeadAffine:
     """On a head's output, before o_proj: ``z <- gain * z + offset``. Identity: 1, 0.
 
-    ``replace`` ``(H,)`` drops the head's own output first, so that only the offset remains.
+    ``replace`` ``(H,)`` drops the head's own output first, so that only the offset remains. ``heads`` ``(H,)`` bool are the only
+    heads that this changes, if the caller knows; else the values tell, and looking at them waits for the device.
     """
 
     gain: Tensor | None = None  # (H,) or (B, H)
     offset: Tensor | None = None  # (H, D) or (B, H, D)
     replace: Tensor | None = None
     rows: Tensor | None = None
+    heads: Tensor | None = None
 
 
 TapKind = Literal["log_sum_exp", "group_mass", "column_sum", "column_mean", "row_weights", "entropy"]

@@ -110,7 +110,10 @@ def test_last_rows_under_edits_that_act_on_all_rows_too(seed: int, maps: bool, a
     if affine:
         edits.append(HeadAffine(gain=torch.tensor([1.0, 2.0, 1.0, 0.5])))
     # The longest untouched run, before the image, is cut into no, one or several parts.
-    with mock.patch.object(dispatch, "FEWEST_KEYS_OF_PART", keys_of_part):
+    with (
+        mock.patch.object(dispatch, "FEWEST_KEYS_OF_PART", keys_of_part),
+        mock.patch.object(dispatch, "DECODE_QUERIES", 8),
+    ):
         assert check(inputs, edits).name == "vendor + last rows"
 
 

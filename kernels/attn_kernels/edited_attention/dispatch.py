@@ -182,7 +182,9 @@ def _last_rows(inputs: AttentionInputs, lowered: LoweredEdits, output: Tensor, l
         # A power of two: each number is a kernel of its own.
         parts = min(1 << max(0, parts.bit_length() - 1), MOST_PARTS if len(inputs.query) == 1 else 1) if parts else 0
         run = (run[0], run[1] - (run[1] - run[0]) % parts) if parts else (0, 0)
-        if inputs.num_queries == inputs.num_keys and _few_others(lowered, inputs, run):
+        # So few rows as in a decode step are that kernel's.
+        is_long = inputs.num_queries - first > DECODE_QUERIES
+        if is_long and inputs.num_queries == inputs.num_keys and _few_others(lowered, inputs, run):
             of_run = plain_attention_of(_rows_and_parts(inputs, first, run, parts)) if parts else None
             span_flash.edit_last_rows_(inputs, lowered, output, first, run, of_run, heads)
         else:

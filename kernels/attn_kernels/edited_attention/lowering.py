@@ -453,11 +453,22 @@ def indices_of_heads(heads: Tensor) -> Tensor:
     return _indices_of_heads[heads]
 
 
+def head_selection(chosen: Sequence[bool], device: torch.device) -> Tensor:
+    """``(H,)`` bool on ``device`` whose indices are known already: nothing waits for the device, now or later."""
+    selection, indices = torch.tensor(chosen), torch.tensor(chosen).nonzero().squeeze(-1).to(torch.int32)
+    if device.type == "cuda":
+        # Copies from pageable memory would wait.
+        selection, indices = selection.pin_memory(), indices.pin_memory()
+    selection = selection.to(device, non_blocking=True)
+    _indices_of_heads[selection] = indices.to(device, non_blocking=True)
+    return selection
+
+
 _indices_of_heads: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
 
 
 def _heads_of(edit: Primitive) -> Tensor | None:
-    if not isinstance(edit, HeadAffine):
+    if not isinstance(edit, HeadAffine) or edit.heads is not None:
         return edit.heads
     touched: Tensor | None = edit.replace
     if edit.gain is not None:
