@@ -177,9 +177,11 @@ def settle(inputs: AttentionInputs, prepared: Prepared, key_valid: Tensor) -> Se
     if has_kernels(inputs):
         from attn_kernels.edited_attention import dispatch
 
-        prepared.lowered, path = dispatch.plan(inputs, prepared.primitives, prepared.lowered)
-        if prepared.lowered is not None and path.name == "decode":
-            kept, by_kernel = replace(prepared.lowered, unscoped=None), True
+        lowered, path = dispatch.plan(inputs, prepared.primitives, prepared.lowered)
+        if not prepared.is_trained:
+            prepared.lowered = lowered
+        if lowered is not None and path.name == "decode":
+            kept, by_kernel = replace(lowered, unscoped=None), True
     weight_edits = [edit for edit in prepared.primitives if not isinstance(edit, HeadAffine)]
     needs_plain = not by_kernel and len(_heads_recomputed(weight_edits, inputs)) < inputs.num_heads
     # Tensors made in inference mode could not be written to outside of it.

@@ -255,6 +255,9 @@ def _prepare(
     edits = [edit for _, edit in plan.edits]
     kept: dict[Any, Any] | None = None
     place: tuple[object, ...] = (plan.key, plan.layer.index, sequence.calls[plan.layer.index])
+    if torch.is_grad_enabled() or any(_is_trained(edit) for edit in edits):
+        # What an earlier call made may lack this one's graph, or be of earlier values.
+        return _collect(plan, inputs, sequence, shared, heads, phase, False, call_type)
     if all(edit.constant for edit in edits):
         kept, place = plan.prepared, (heads, inputs.query.device, inputs.value.shape[-1])
     elif phase == "decode" and shared.key_start == 0 and all(edit.fixed_in_decode for edit in edits):
@@ -277,6 +280,10 @@ def _prepare(
     if kept is not None and prepared.is_settled:
         kept[place] = prepared
     return prepared
+
+
+def _is_trained(edit: Edit) -> bool:
+    return any(isinstance(given, Tensor) and given.requires_grad for given in vars(edit).values())
 
 
 def _record(

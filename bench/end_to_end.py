@@ -7,7 +7,7 @@ one turn, the unwrapped model one at both ends, and the order is reversed from r
 the device synchronised at both ends, Python included. ``prefill``: one forward over the prompt and the argmax of the last
 logits (LLaVA's includes its vision tower). ``decode``: 64 greedy tokens after a prompt of 2048, by a plain forward loop
 with a DynamicCache, and by ``generate``, whose tokens a second count its prefill. ``replay``: as many steps on a StaticCache,
-captured in a CUDA graph once and replayed: what is left is the device's own time.
+captured in a CUDA graph once and replayed: what is left is the device's own time (a smoke run steps in eager).
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ one kind apply in list order.
 Shapes: B batch, H query heads, N queries, M keys, D head_dim of the value. A dimension written ``B|1`` may be 1 and is
 then broadcast. A key group is a bool tensor ``(B|1, H|1, M)``; a row scope is a bool tensor ``(B|1, N)``; a head
 selection is a bool tensor ``(H,)``. ``None`` means all. A key group may be shorter than M: later keys are outside it, so
-that the groups of a prompt serve every decode step.
+that the groups of a prompt serve every decode step. Groups, scopes and selections must not be changed in place once they
+have been used: what the kernels read is made of them once.
 """
 
 from __future__ import annotations

@@ -311,3 +311,28 @@ def test_refusals_say_why(change: dict[str, Tensor], edits: list[Primitive], why
     assert why in (backward_refusal(inputs, lowered) or "")
     with pytest.raises(ValueError, match=why):
         differentiable_edited_attention(inputs, lowered)
+
+
+def test_the_pytorch_paths_gradients_of_rows_that_see_nothing() -> None:
+    """A removed key leaves the first row without any: zeros, and gradients of zero, also of later maps' factors."""
+    query = torch.randn(1, 1, 4, 8, requires_grad=True)
+    factor = torch.ones(1, requires_grad=True)
+    index = torch.arange(4)
+    inputs = AttentionInputs(
+        query,
+        torch.randn(1, 1, 4, 8),
+        torch.randn(1, 1, 4, 8),
+        0.3,
+        index,
+        index,
+        index[None],
+        index[None],
+        torch.ones(1, 4, dtype=torch.bool),
+    )
+    first, both = (index < 1)[None, None], (index < 2)[None, None]
+    edits = [LogitMap(first, bias=float("-inf")), LogitMap(both, scale=factor, bias=factor)]
+    blocked.edited_attention(inputs, edits).square().sum().backward()
+    assert query.grad is not None
+    assert factor.grad is not None
+    assert query.grad.isfinite().all()
+    assert factor.grad.isfinite().all()

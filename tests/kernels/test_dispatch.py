@@ -331,3 +331,14 @@ def test_edits_lowered_on_the_prompt_serve_later_steps() -> None:
     output, path = dispatch.run(step, edits, lowered=lowered, path=dispatch.choose(step, lowered))
     assert path.name == "decode"
     torch.testing.assert_close(output.double().cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_queries", [1, 150])
+def test_a_target_with_hardly_any_mass_gives_no_infinity(num_queries: int) -> None:
+    index = torch.arange(150)
+    inputs = last_queries(plain_call(6, 150, 2, 1, 1.0), num_queries)
+    image, sinks = ((index >= 10) & (index < 100))[None, None], (index < 2)[None, None]
+    inputs, edits = on_device((inputs, [LogitMap(sinks, bias=-95.0), Regroup(image, 0.0, target=sinks)]))
+    for fewest in (40, 512):
+        with mock.patch.object(dispatch, "FEWEST_KEYS_FOR_VENDOR", fewest):
+            assert dispatch.run(inputs, edits)[0].isfinite().all()

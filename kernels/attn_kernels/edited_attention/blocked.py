@@ -234,7 +234,9 @@ class _Block:
             logits = logits + torch.where(shown, bias, 0.0).to(compute)
         for edit in self.edits:
             if isinstance(edit, LogitMap):
-                mapped = self._mapped(edit, logits)
+                # A map of minus infinity would give its factors NaN for a gradient.
+                finite = torch.where(torch.isneginf(logits), 0.0, logits) if torch.is_grad_enabled() else logits
+                mapped = self._mapped(edit, finite)
                 scope = self._scope(edit.heads, edit.rows)
                 # A removed key stays removed; the map would make it NaN.
                 group = self._group(edit.keys) & ~torch.isneginf(logits)
@@ -252,11 +254,12 @@ class _Block:
     def _softmax(self, logits: Tensor) -> Tensor:
         reads_log_sum_exp = any(isinstance(edit, Tap) and edit.kind == "log_sum_exp" for edit in self.edits)
         if self.inputs.sink_logits is None and not reads_log_sum_exp:
-            # A row that sees nothing gives NaN in softmax, and zeros are promised.
+            # A row that sees nothing gives NaN in softmax and in its gradient, and zeros are promised.
             if logits.shape[-1] == 0:
                 return logits
             sees_nothing = torch.isneginf(logits.amax(dim=-1, keepdim=True))
-            return torch.where(sees_nothing, 0.0, torch.softmax(logits, dim=-1))
+            weights = torch.softmax(torch.where(sees_nothing, 0.0, logits), dim=-1)
+            return torch.where(sees_nothing, 0.0, weights)
         log_sum_exp = torch.logsumexp(logits, dim=-1)
         if self.inputs.sink_logits is not None:
             sink = self.inputs.sink_logits.to(log_sum_exp)

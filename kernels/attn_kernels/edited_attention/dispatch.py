@@ -1,7 +1,7 @@
 """Which path computes an edited call: the vendor's attention and an epilogue, a kernel, or plain PyTorch.
 
-``choose`` decides from what is known on the host and says why; ``run`` does it. Nothing here waits for the device, but for
-one count of the touched keys where one list serves all heads, once for each lowering.
+``choose`` decides from what is known on the host and says why; ``run`` does it. Where one list of touched keys serves all
+heads, it waits for the device a few times, once for each lowering: how many keys, which rows, which span.
 """
 
 from __future__ import annotations

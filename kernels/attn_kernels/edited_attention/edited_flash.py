@@ -21,6 +21,7 @@ from attn_kernels.edited_attention.lowering import NO_BIT, TILE, LoweredEdits
 from attn_kernels.edited_attention.tiles import (
     LN_2,
     LOG2_E,
+    SMALLEST_TARGET,
     capped,
     has_bit,
     listed_before,
@@ -624,7 +625,7 @@ def _edited_flash(
     if HAS_REGROUP:
         keep = tl.load(regroup + head)
         if HAS_TARGET:
-            acts = target_total > 0
+            acts = target_total > SMALLEST_TARGET * whole
         else:
             acts = total > 0
         if GATE_OF != NO_BIT_IN_KERNEL:

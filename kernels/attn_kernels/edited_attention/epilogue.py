@@ -21,7 +21,15 @@ from torch import Tensor
 from attn_kernels.edited_attention.edited_flash import load_tile
 from attn_kernels.edited_attention.launch import batch_stride, last_contiguous, padded_size, strides_of
 from attn_kernels.edited_attention.lowering import NO_BIT, LoweredEdits
-from attn_kernels.edited_attention.tiles import LOG2_E, has_bit, mapped_logits, matmul, paired_visibility, scores
+from attn_kernels.edited_attention.tiles import (
+    LOG2_E,
+    SMALLEST_TARGET,
+    has_bit,
+    mapped_logits,
+    matmul,
+    paired_visibility,
+    scores,
+)
 from attn_kernels.edited_attention.tiles import NO_BIT as NO_BIT_IN_KERNEL
 from attn_kernels.inputs import AttentionInputs
 
@@ -217,7 +225,7 @@ def _epilogue(
         if TARGET != NO_BIT_IN_KERNEL:
             is_target = has_bit(code, TARGET) & (is_source == 0)
             target_mass = tl.sum(tl.where(is_target, weights, 0.0), 1)[:, None] / safe
-            acts = acts & (target_mass > 0)
+            acts = acts & (target_mass > SMALLEST_TARGET)
             freed = tl.where(acts, (1 - keep) * source_mass, 0.0)
             target_factor = 1 + freed / tl.where(acts, target_mass, 1.0)
             spent = weights * tl.where(is_target, target_factor, 1.0)

@@ -23,7 +23,15 @@ from attn_kernels.edited_attention.edited_flash import (
 )
 from attn_kernels.edited_attention.launch import batch_stride, last_contiguous, padded_size
 from attn_kernels.edited_attention.lowering import NO_BIT, LoweredEdits
-from attn_kernels.edited_attention.tiles import LOG2_E, has_bit, map_of_rows, mapped_logits, matmul, scores
+from attn_kernels.edited_attention.tiles import (
+    LOG2_E,
+    SMALLEST_TARGET,
+    has_bit,
+    map_of_rows,
+    mapped_logits,
+    matmul,
+    scores,
+)
 from attn_kernels.edited_attention.tiles import NO_BIT as NO_BIT_IN_KERNEL
 from attn_kernels.inputs import AttentionInputs
 
@@ -336,7 +344,7 @@ def _span_flash(
         if TARGET != NO_BIT_IN_KERNEL:
             if SPAN_IS_TARGET:
                 target_total += span_total
-            acts = acts & (target_total > 0)
+            acts = acts & (target_total > SMALLEST_TARGET * whole)
             target_factor = tl.where(acts, 1 + freed / tl.where(target_total > 0, target_total, 1.0), 1.0)
         else:
             # Summed up, not what is left of everything: a source may hold nearly all.

@@ -16,6 +16,8 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 NO_BIT = tl.constexpr(15)
+# A target below this share of the row's mass counts as none: what it would receive, times its own mass, overflows.
+SMALLEST_TARGET = tl.constexpr(1.0e-30)
 
 
 @triton.jit
