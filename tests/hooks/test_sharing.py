@@ -7,7 +7,7 @@ import copy
 import torch
 
 import attn_hooks
-from attn_hooks import PASTA, SinkScale
+from attn_hooks import PASTA, HeadAffine, SinkScale
 from tests.models import FAMILIES
 
 
@@ -33,3 +33,21 @@ def test_a_copy_of_a_wrapped_model_shares_nothing_with_it() -> None:
         other = copy.deepcopy(model)
         attn_hooks.unwrap(model)
         torch.testing.assert_close(other(ids).logits, expected)
+
+
+def test_a_forward_without_gradients_keeps_nothing_from_training() -> None:
+    model = FAMILIES["llama"]()
+    edit = HeadAffine(gain=torch.full((model.config.num_hidden_layers, model.config.num_attention_heads), 0.7))
+    assert edit.gain is not None
+    edit.gain.requires_grad_()
+    ids = torch.randint(3, 20, (2, 9))
+    with attn_hooks.editing(model, edit):
+        with torch.no_grad():
+            before = model(ids).logits
+        with torch.enable_grad():
+            model(ids).logits.square().sum().backward()
+        assert edit.gain.grad is not None
+        assert bool((edit.gain.grad != 0).any(-1).all())
+        with torch.no_grad():
+            edit.gain.fill_(0.1)
+            assert not torch.equal(model(ids).logits, before)
