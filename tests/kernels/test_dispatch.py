@@ -27,6 +27,7 @@ from attn_kernels import (
     Sparsity,
     Tap,
     edited_attention_reference,
+    head_selection,
 )
 from attn_kernels.edited_attention import dispatch
 from attn_kernels.edited_attention.edited_flash import edited_flash
@@ -342,3 +343,31 @@ def test_a_target_with_hardly_any_mass_gives_no_infinity(num_queries: int) -> No
     for fewest in (40, 512):
         with mock.patch.object(dispatch, "FEWEST_KEYS_FOR_VENDOR", fewest):
             assert dispatch.run(inputs, edits)[0].isfinite().all()
+
+
+def test_heads_of_another_layer_bring_no_numbers_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a copy waits for the device, and every layer names heads of its own."""
+    inputs = on_device(small())
+    device = inputs.query.device
+    here, there = (head_selection(chosen, device) for chosen in ([True, False], [False, True]))
+
+    def edits(heads: Tensor) -> list[Primitive]:
+        group = SOME_KEYS.to(device)
+        return [LogitMap(group, bias=1.25, heads=heads), Regroup(group, 0.35, heads=heads)]
+
+    lower(inputs, edits(here))
+    made = mock.Mock(wraps=torch.tensor)
+    monkeypatch.setattr(torch, "tensor", made)
+    lowered = lower(inputs, edits(there))
+    made.assert_not_called()
+    assert lowered.heads is not None
+    assert lowered.heads.tolist() == [1]
+    assert lowered.map_coefficients[0, 2].tolist() == [0.0, 1.25]
+
+
+@pytest.mark.parametrize("num_queries", [1, 40])
+def test_heads_that_the_caller_knows_to_change(num_queries: int) -> None:
+    gain, offset = torch.tensor([1.0, 2.0]), torch.zeros(2, 8)
+    known = HeadAffine(gain=gain, offset=offset, heads=torch.tensor([False, True]))
+    check(last_queries(small(), num_queries), [known, MAP])
+    assert lower(small(), [known]).heads is not None

@@ -537,10 +537,9 @@ def _coefficients(
             return _coefficients_of_all_heads(values, num_heads, device)
         known = _coefficients_of_selection.setdefault(heads, {})
         if (values, identities) not in known:
-            identity = torch.tensor(identities, dtype=torch.float32, device=device)[:, None]
-            known[values, identities] = torch.where(
-                heads, _coefficients_of_all_heads(values, num_heads, device), identity
-            )
+            # A tensor made of numbers waits for the device: those of all heads are there from the first layer on.
+            edited, unedited = (_coefficients_of_all_heads(row, num_heads, device) for row in (values, identities))
+            known[values, identities] = torch.where(heads, edited, unedited)
         return known[values, identities]
 
 
