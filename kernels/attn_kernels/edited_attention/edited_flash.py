@@ -29,6 +29,7 @@ from attn_kernels.edited_attention.tiles import (
     matmul,
     paired_visibility,
     scores,
+    with_affine,
 )
 from attn_kernels.edited_attention.tiles import NO_BIT as NO_BIT_IN_KERNEL
 from attn_kernels.inputs import AttentionInputs
@@ -709,15 +710,20 @@ def _edited_flash(
     else:
         accumulator = accumulator / whole[:, None]
     if HAS_AFFINE:
-        factor = tl.load(gain + batch * gain_b + head)
-        affine = tl.where(factor == 0, 0.0, accumulator * factor)
-        if HAS_OFFSET:
-            affine += tl.load(
-                offset + batch * offset_b + head * DV + in_dv[None, :], mask=in_dv[None, :] < DV, other=0.0
-            )
-        if AFFINE_ROW != NO_BIT_IN_KERNEL:
-            affine = tl.where(has_bit(row_code, AFFINE_ROW), affine, accumulator)
-        accumulator = affine
+        accumulator = with_affine(
+            accumulator,
+            row_code,
+            head,
+            batch,
+            gain,
+            gain_b,
+            offset,
+            offset_b,
+            in_dv,
+            HAS_OFFSET,
+            AFFINE_ROW,
+            DV,
+        )
     tl.store(
         output + batch * o_b + head * o_h + rows[:, None].to(tl.int64) * o_n + in_dv[None, :],
         accumulator.to(output.dtype.element_ty),
@@ -845,21 +851,15 @@ def edited_flash(
         HAS_CODES=listed is not None,
         HAS_SKIP=tiles is not None and tiles.leaves_out,
         HAS_BIAS=tiles is not None,
-        NUM_MAPS=lowered.num_maps,
-        MAP_KEYS=lowered.map_keys,
-        MAP_ROWS=lowered.map_rows,
-        NUM_PAIRS=lowered.num_pairs,
-        PAIR_KEYS=lowered.pair_keys,
-        PAIR_ROWS=lowered.pair_rows,
+        **lowered.map_constants,
+        **lowered.pair_constants,
         NUM_LISTS=1 if regroup is None else 2 if regroup.target == NO_BIT else 3,
         HAS_REGROUP=regroup is not None,
         HAS_TARGET=regroup is not None and regroup.target != NO_BIT,
         GATE_OF=NO_BIT if regroup is None else regroup.gate_of,
         GATE_SHARE=NO_BIT if regroup is None else regroup.gate_share,
         REGROUP_ROW=NO_BIT if regroup is None else regroup.row,
-        HAS_AFFINE=lowered.gain is not None,
-        HAS_OFFSET=lowered.offset is not None,
-        AFFINE_ROW=lowered.affine_row,
+        **lowered.affine_constants,
         HAS_HEADS=heads is not None,
         ONLY_FLAGGED=row_tiles is not None,
         OVERLAPS=overlaps,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from attn_kernels.edited_attention.edited_flash import load_tile
 from attn_kernels.edited_attention.launch import batch_stride, last_contiguous, padded_size, strides_of
-from attn_kernels.edited_attention.lowering import NO_BIT, LoweredEdits
+from attn_kernels.edited_attention.lowering import LoweredEdits
 from attn_kernels.edited_attention.tiles import (
     LOG2_E,
     SMALLEST_TARGET,
@@ -29,6 +29,7 @@ from attn_kernels.edited_attention.tiles import (
     matmul,
     paired_visibility,
     scores,
+    with_affine,
 )
 from attn_kernels.edited_attention.tiles import NO_BIT as NO_BIT_IN_KERNEL
 from attn_kernels.inputs import AttentionInputs
@@ -177,13 +178,6 @@ def _epilogue(
         keep = tl.load(regroup + head)
         at_least = tl.load(regroup + num_heads + head)
         at_most = tl.load(regroup + 2 * num_heads + head)
-    if HAS_AFFINE:
-        head_gain = tl.load(gain + batch * gain_b + head)
-        head_offset = tl.zeros([1, BLOCK_DV], tl.float32)
-        if HAS_OFFSET:
-            head_offset = tl.load(
-                offset + batch * offset_b + head * DV + in_dv[None, :], mask=in_dv[None, :] < DV, other=0.0
-            )
     lse = lse[:, None] * LOG2_E
     plain = plain.to(tl.float32)
 
@@ -256,10 +250,20 @@ def _epilogue(
     elif unsound | overflows:
         tl.store(flags_base + row_tile * BLOCK_N // FLAG_ROWS, 1)
     if HAS_AFFINE:
-        affine = tl.where(head_gain == 0, 0.0, edited * head_gain) + head_offset
-        if AFFINE_ROW != NO_BIT_IN_KERNEL:
-            affine = tl.where(has_bit(row_code, AFFINE_ROW), affine, edited)
-        edited = affine
+        edited = with_affine(
+            edited,
+            row_code,
+            head,
+            batch,
+            gain,
+            gain_b,
+            offset,
+            offset_b,
+            in_dv,
+            HAS_OFFSET,
+            AFFINE_ROW,
+            DV,
+        )
     tl.store(output_at, edited.to(output.dtype.element_ty), mask=output_mask)
 
 
@@ -334,21 +338,10 @@ def epilogue_(
         SMALLEST_REMAINDER,
         CAUSAL=inputs.causal,
         HAS_ROW_CODES=rows is not None,
-        NUM_MAPS=lowered.num_maps,
-        MAP_KEYS=lowered.map_keys,
-        MAP_ROWS=lowered.map_rows,
-        NUM_PAIRS=lowered.num_pairs,
-        PAIR_KEYS=lowered.pair_keys,
-        PAIR_ROWS=lowered.pair_rows,
-        HAS_REGROUP=regroup is not None,
-        SOURCE=NO_BIT if regroup is None else regroup.source,
-        TARGET=NO_BIT if regroup is None else regroup.target,
-        GATE_OF=NO_BIT if regroup is None else regroup.gate_of,
-        GATE_SHARE=NO_BIT if regroup is None else regroup.gate_share,
-        REGROUP_ROW=NO_BIT if regroup is None else regroup.row,
-        HAS_AFFINE=gain is not None,
-        HAS_OFFSET=offset is not None,
-        AFFINE_ROW=lowered.affine_row,
+        **lowered.map_constants,
+        **lowered.pair_constants,
+        **lowered.regroup_constants,
+        **lowered.affine_constants,
         HAS_HEADS=heads is not None,
         FLAG_ROWS=rows_per_flag,
         D=head_dim,

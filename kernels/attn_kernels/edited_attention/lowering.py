@@ -69,6 +69,33 @@ class LoweredEdits:
         return bool(self.num_maps or self.num_pairs)
 
     @property
+    def map_constants(self) -> dict[str, int]:
+        """What the kernels know of the LogitMaps when they are compiled, by its name there."""
+        return {"NUM_MAPS": self.num_maps, "MAP_KEYS": self.map_keys, "MAP_ROWS": self.map_rows}
+
+    @property
+    def pair_constants(self) -> dict[str, int]:
+        """The same of the pairs of an Order."""
+        return {"NUM_PAIRS": self.num_pairs, "PAIR_KEYS": self.pair_keys, "PAIR_ROWS": self.pair_rows}
+
+    @property
+    def regroup_constants(self) -> dict[str, int]:
+        """The same of the Regroup."""
+        term = self.regroup
+        bits = (NO_BIT,) * 5 if term is None else (term.source, term.target, term.gate_of, term.gate_share, term.row)
+        names = ("SOURCE", "TARGET", "GATE_OF", "GATE_SHARE", "REGROUP_ROW")
+        return {"HAS_REGROUP": term is not None, **dict(zip(names, bits, strict=True))}
+
+    @property
+    def affine_constants(self) -> dict[str, int]:
+        """The same of the HeadAffine."""
+        return {
+            "HAS_AFFINE": self.gain is not None,
+            "HAS_OFFSET": self.offset is not None,
+            "AFFINE_ROW": self.affine_row,
+        }
+
+    @property
     def scoped_rows(self) -> int:
         """Bits of all row scopes among the edits."""
         return sum(1 << bit for bit in set(self._row_bits) if bit != NO_BIT)

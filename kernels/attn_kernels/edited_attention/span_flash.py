@@ -15,14 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attn_kernels.edited_attention.edited_flash import (
-    LOWEST_MAXIMUM,
-    accumulate,
-    load_tile,
-    load_whole_tile,
-)
+from attn_kernels.edited_attention.edited_flash import LOWEST_MAXIMUM, accumulate, load_tile, load_whole_tile
 from attn_kernels.edited_attention.launch import batch_stride, last_contiguous, padded_size
-from attn_kernels.edited_attention.lowering import NO_BIT, LoweredEdits
+from attn_kernels.edited_attention.lowering import LoweredEdits
 from attn_kernels.edited_attention.tiles import (
     LOG2_E,
     SMALLEST_TARGET,
@@ -31,6 +26,7 @@ from attn_kernels.edited_attention.tiles import (
     mapped_logits,
     matmul,
     scores,
+    with_affine,
 )
 from attn_kernels.edited_attention.tiles import NO_BIT as NO_BIT_IN_KERNEL
 from attn_kernels.inputs import AttentionInputs
@@ -389,15 +385,20 @@ def _span_flash(
         accumulator = matmul((weights * factor).to(value_tile.dtype), value_tile, accumulator, PRECISION)
 
     if HAS_AFFINE:
-        head_gain = tl.load(gain + batch * gain_b + head)
-        affine = tl.where(head_gain == 0, 0.0, accumulator * head_gain)
-        if HAS_OFFSET:
-            affine += tl.load(
-                offset + batch * offset_b + head * DV + in_dv[None, :], mask=in_dv[None, :] < DV, other=0.0
-            )
-        if AFFINE_ROW != NO_BIT_IN_KERNEL:
-            affine = tl.where(has_bit(row_code, AFFINE_ROW), affine, accumulator)
-        accumulator = affine
+        accumulator = with_affine(
+            accumulator,
+            row_code,
+            head,
+            batch,
+            gain,
+            gain_b,
+            offset,
+            offset_b,
+            in_dv,
+            HAS_OFFSET,
+            AFFINE_ROW,
+            DV,
+        )
     tl.store(
         output + batch * o_b + head * o_h + rows[:, None].to(tl.int64) * o_n + in_dv[None, :],
         accumulator.to(output.dtype.element_ty),
@@ -510,22 +511,13 @@ def _launch(
         GIVEN_PARTS=0 if given is None else given[0].shape[0] // batch,
         HAS_HOLES=span.has_holes,
         HAS_ROW_CODES=rows is not None,
-        NUM_MAPS=lowered.num_maps,
-        MAP_KEYS=lowered.map_keys,
-        MAP_ROWS=lowered.map_rows,
+        **lowered.map_constants,
         SPAN_TERM=span.term,
         SPAN_CODE=span.code,
         SPAN_IS_TARGET=span.is_target,
         ONE_TILE=others.shape[1] <= block_m,
-        HAS_REGROUP=regroup is not None,
-        SOURCE=NO_BIT if regroup is None else regroup.source,
-        TARGET=NO_BIT if regroup is None else regroup.target,
-        GATE_OF=NO_BIT if regroup is None else regroup.gate_of,
-        GATE_SHARE=NO_BIT if regroup is None else regroup.gate_share,
-        REGROUP_ROW=NO_BIT if regroup is None else regroup.row,
-        HAS_AFFINE=gain is not None,
-        HAS_OFFSET=offset is not None,
-        AFFINE_ROW=lowered.affine_row,
+        **lowered.regroup_constants,
+        **lowered.affine_constants,
         HAS_HEADS=heads is not None,
         D=head_dim,
         DV=value_dim,

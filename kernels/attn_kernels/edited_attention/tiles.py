@@ -101,6 +101,31 @@ def map_of_rows(row_code, head, coefficients, num_heads, TERM: tl.constexpr, MAP
 
 
 @triton.jit
+def with_affine(
+    outputs,
+    row_code,
+    head,
+    batch,
+    gain,
+    gain_b,
+    offset,
+    offset_b,
+    in_dv,
+    HAS_OFFSET: tl.constexpr,
+    AFFINE_ROW: tl.constexpr,
+    DV: tl.constexpr,
+):
+    """Gain and offset of one head on ``outputs`` (R, Dv), in the rows of the edit. A gain of 0 replaces what was there."""
+    factor = tl.load(gain + batch * gain_b + head)
+    edited = tl.where(factor == 0, 0.0, outputs * factor)
+    if HAS_OFFSET:
+        edited += tl.load(offset + batch * offset_b + head * DV + in_dv[None, :], mask=in_dv[None, :] < DV, other=0.0)
+    if AFFINE_ROW != NO_BIT:
+        edited = tl.where(has_bit(row_code, AFFINE_ROW), edited, outputs)
+    return edited
+
+
+@triton.jit
 def paired_visibility(
     visible,
     valid,
