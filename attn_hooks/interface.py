@@ -20,13 +20,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from attn_hooks.call import AttentionCall, Phase
 from attn_hooks.edit import STAGES, Edit
-from attn_hooks.engine import Prepared, Result, Settled, compute, run_settled, settle
+from attn_hooks.engine import Prepared, Result, compute
 from attn_hooks.errors import AttnHooksError, error
 from attn_hooks.layout import TokenKind, TokenLayout
 from attn_hooks.model_info import HONOURED_BACKENDS, IMPLEMENTATION_PREFIX, LayerInfo, ModelInfo, eager_attention_of
 from attn_hooks.recorder import Recorder
 from attn_hooks.selected_keys import selected_keys_mask
 from attn_hooks.sequence import SequenceState, SequenceTracker, SharedByLayers, StaticStep, is_captured, share
+from attn_hooks.settled import Settled, run_settled, settle
 from attn_hooks.tensor_parallel import local_heads
 from attn_kernels import AttentionInputs, Tap, moved_mass
 from attn_kernels.primitives import TapKind

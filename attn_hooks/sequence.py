@@ -17,10 +17,10 @@ from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import Cache
 
-from attn_hooks.engine import Settled
 from attn_hooks.errors import error
 from attn_hooks.layout import TokenKind, TokenLayout
 from attn_hooks.model_info import ModelInfo
+from attn_hooks.settled import Settled
 from attn_kernels import AttentionInputs
 
 STATES_ATTRIBUTE = "attn_hooks_states"
@@ -40,7 +40,8 @@ class StaticStep:
     batch: int = 0
     length: Tensor | None = None
     earlier: dict[int, Settled] = field(default_factory=dict)
-    captured: list[Settled] = field(default_factory=list)
+    # By id: graphs read their tensors for as long as the cache lives, whatever is settled later.
+    captured: dict[int, Settled] = field(default_factory=dict)
 
     def begin(self, batch: int, length: int, device: torch.device) -> None:
         """Another sequence, or tokens that the edits settled so far may not fit."""
@@ -245,7 +246,7 @@ class SequenceTracker:
             torch._assert_async(cache.get_seq_length() >= step.length, message)
             self.in_flight.outer_tokens = None
             if not compiling:
-                step.captured.extend(step.layers.values())
+                step.captured |= {id(settled): settled for settled in step.layers.values()}
             return step
         if not compiling:
             raise error("static-step", model=self.model.model_class, reason=refusal)

@@ -457,7 +457,7 @@ def test_what_a_capture_reads_moves_with_the_prompt(with_kernels: None, captured
     tensors = {id(tensor) for settled in step.layers.values() for tensor in settled.tensors}
     captured(True)
     next_step(model, cache, last.argmax(-1, keepdim=True), positions + 1)
-    kept = list(step.captured)
+    kept = list(step.captured.values())
     assert len(kept) == 3
     captured(False)
     cache.reset()
