@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attn_hooks.engine import Plain, Prepared, has_kernels, heads_recomputed, in_pytorch
+from attn_hooks import engine
+from attn_hooks.engine import Plain, Prepared
 from attn_kernels import AttentionInputs, HeadAffine, Primitive, Tap
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def settle(inputs: AttentionInputs, prepared: Prepared, key_valid: Tensor) -> Se
         return "a Tap reads its weights"
     kept: object = prepared.primitives
     by_kernel = False
-    if has_kernels(inputs):
+    if engine.has_kernels(inputs):
         from attn_kernels.edited_attention import dispatch
 
         lowered, path = dispatch.plan(inputs, prepared.primitives, prepared.lowered)
@@ -78,7 +79,7 @@ def settle(inputs: AttentionInputs, prepared: Prepared, key_valid: Tensor) -> Se
         if lowered is not None and path.name == "decode":
             kept, by_kernel = replace(lowered, unscoped=None), True
     weight_edits = [edit for edit in prepared.primitives if not isinstance(edit, HeadAffine)]
-    needs_plain = not by_kernel and len(heads_recomputed(weight_edits, inputs)) < inputs.num_heads
+    needs_plain = not by_kernel and len(engine.heads_recomputed(weight_edits, inputs)) < inputs.num_heads
     # Tensors made in inference mode could not be written to outside of it.
     with torch.inference_mode(False):
         tensors: list[Tensor] = []
@@ -203,7 +204,9 @@ def _step_in_pytorch(
         assert plain is not None
         return plain.clone(), None  # an operator must not give back its own argument
 
-    return in_pytorch(inputs, primitives, unedited, wants_weights=False, why="").output.transpose(1, 2).contiguous()
+    return (
+        engine.in_pytorch(inputs, primitives, unedited, wants_weights=False, why="").output.transpose(1, 2).contiguous()
+    )
 
 
 def _of_step(
