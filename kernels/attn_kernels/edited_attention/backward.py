@@ -43,7 +43,9 @@ from torch.nn import functional
 from attn_kernels.edited_attention.edited_flash import edited_flash, load_tile
 from attn_kernels.edited_attention.launch import (
     batch_stride,
+    ceil_div,
     last_contiguous,
+    launch,
     multiprocessors,
     padded_size,
     power_of_two,
@@ -946,30 +948,36 @@ def _gradients(
         "PRECISION": "ieee",
     }
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
-    row_tiles = triton.cdiv(num_queries, block_n)
-    _row_terms[(row_tiles, num_heads, batch)](
-        query,
-        key,
-        value,
-        output,
-        output_gradient,
-        log_sum_exp,
-        terms,
-        *strides,
-        *output.stride()[:3],
-        *output_gradient.stride()[:3],
-        *call,
-        *tiles,
-        *more,
-        None if regroup is None else regroup.coefficients,
-        **constants,
-        GATE_OF=NO_BIT if regroup is None else regroup.gate_of,
-        GATE_SHARE=NO_BIT if regroup is None else regroup.gate_share,
-        REGROUP_ROW=NO_BIT if regroup is None else regroup.row,
-        BLOCK_N=block_n,
-        BLOCK_M=block_m,
-        STAGES=stages,
-        num_warps=warps,
+    row_tiles = ceil_div(num_queries, block_n)
+    launch(
+        _row_terms,
+        (row_tiles, num_heads, batch),
+        (
+            query,
+            key,
+            value,
+            output,
+            output_gradient,
+            log_sum_exp,
+            terms,
+            *strides,
+            *output.stride()[:3],
+            *output_gradient.stride()[:3],
+            *call,
+            *tiles,
+            *more,
+            None if regroup is None else regroup.coefficients,
+        ),
+        {
+            **constants,
+            "GATE_OF": NO_BIT if regroup is None else regroup.gate_of,
+            "GATE_SHARE": NO_BIT if regroup is None else regroup.gate_share,
+            "REGROUP_ROW": NO_BIT if regroup is None else regroup.row,
+            "BLOCK_N": block_n,
+            "BLOCK_M": block_m,
+            "STAGES": stages,
+        },
+        warps,
     )
     needs_query, needs_key, needs_value, needs_sinks, needs_maps, needs_regroup = ctx.needs_input_grad[:6]
     query_gradient = key_gradient = value_gradient = sink_gradient = map_gradient = regroup_gradient = None
@@ -978,26 +986,32 @@ def _gradients(
         num_sums = power_of_two(max(4, 3 * num_maps))
         query_gradient = torch.empty_like(query)
         partial_sums = terms.new_empty(batch, num_heads, row_tiles, num_sums)
-        _query_gradients[(row_tiles, num_heads, batch)](
-            query,
-            key,
-            value,
-            output_gradient,
-            terms,
-            query_gradient,
-            partial_sums,
-            *strides,
-            *query_gradient.stride()[:3],
-            *call,
-            *tiles,
-            *more,
-            **constants,
-            WITH_SUMS=needs_maps and num_maps > 0,
-            NUM_SUMS=num_sums,
-            BLOCK_N=block_n,
-            BLOCK_M=block_m,
-            STAGES=stages,
-            num_warps=warps,
+        launch(
+            _query_gradients,
+            (row_tiles, num_heads, batch),
+            (
+                query,
+                key,
+                value,
+                output_gradient,
+                terms,
+                query_gradient,
+                partial_sums,
+                *strides,
+                *query_gradient.stride()[:3],
+                *call,
+                *tiles,
+                *more,
+            ),
+            {
+                **constants,
+                "WITH_SUMS": needs_maps and num_maps > 0,
+                "NUM_SUMS": num_sums,
+                "BLOCK_N": block_n,
+                "BLOCK_M": block_m,
+                "STAGES": stages,
+            },
+            warps,
         )
         if needs_maps:
             map_gradient = torch.zeros_like(lowered.map_coefficients)
@@ -1005,31 +1019,32 @@ def _gradients(
                 map_gradient += partial_sums.sum((0, 2))[:, : 3 * num_maps].T.view_as(map_gradient)
     if needs_key or needs_value:
         block_n, block_m, warps, stages = by_keys
-        key_tiles, group = triton.cdiv(num_keys, block_m), num_heads // kv_heads
+        key_tiles, group = ceil_div(num_keys, block_m), num_heads // kv_heads
         parts = _parts(group, key_tiles * kv_heads * batch, query.device)
         key_gradient, value_gradient = torch.empty_like(key), torch.empty_like(value)
         if parts > 1:
             key_gradient = terms.new_empty(batch, kv_heads * parts, num_keys, head_dim)
             value_gradient = terms.new_empty(batch, kv_heads * parts, num_keys, value_dim)
-        _key_gradients[(key_tiles, kv_heads * parts, batch)](
-            query,
-            key,
-            value,
-            output_gradient,
-            terms,
-            key_gradient,
-            value_gradient,
-            *strides,
-            *key_gradient.stride()[:3],
-            *value_gradient.stride()[:3],
-            group // parts,
-            *call,
-            *more,
-            **constants,
-            BLOCK_N=block_n,
-            BLOCK_M=block_m,
-            STAGES=stages,
-            num_warps=warps,
+        launch(
+            _key_gradients,
+            (key_tiles, kv_heads * parts, batch),
+            (
+                query,
+                key,
+                value,
+                output_gradient,
+                terms,
+                key_gradient,
+                value_gradient,
+                *strides,
+                *key_gradient.stride()[:3],
+                *value_gradient.stride()[:3],
+                group // parts,
+                *call,
+                *more,
+            ),
+            {**constants, "BLOCK_N": block_n, "BLOCK_M": block_m, "STAGES": stages},
+            warps,
         )
         if parts > 1:
             key_gradient = key_gradient.unflatten(1, (kv_heads, parts)).sum(2).to(key.dtype)

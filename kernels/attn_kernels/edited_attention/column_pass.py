@@ -14,7 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from attn_kernels.edited_attention.edited_flash import load_tile, load_whole_tile
-from attn_kernels.edited_attention.launch import batch_stride, last_contiguous, multiprocessors, padded_size, strides_of
+from attn_kernels.edited_attention.launch import (
+    batch_stride,
+    ceil_div,
+    last_contiguous,
+    launch,
+    multiprocessors,
+    padded_size,
+    strides_of,
+)
 from attn_kernels.edited_attention.lowering import LoweredEdits, NotLowered
 from attn_kernels.edited_attention.tiles import LOG2_E, capped, mapped_logits, paired_visibility, scores
 from attn_kernels.inputs import AttentionInputs
@@ -27,8 +35,8 @@ PROGRAMS_PER_MULTIPROCESSOR = 4
 FEWEST_TILES = 4
 # Rows of a row scope that are looked at together, to find the first and the last.
 SCANNED_ROWS = 2048
-# Keys of a program that adds the shares up.
-MERGED_KEYS = 512
+# Keys of a program that adds the shares up, and its warps.
+MERGED_KEYS, WARPS_OF_SUM = 512, 4
 
 
 @triton.jit
@@ -408,10 +416,10 @@ def column_pass(
         return result
     block_d = padded_size(head_dim)
     block_m, block_n, warps, stages = config or config_of(query.dtype, block_d)
-    key_tiles, lines = triton.cdiv(num_keys, block_m), batch * used_heads
+    key_tiles, lines = ceil_div(num_keys, block_m), batch * used_heads
     if splits is None:
-        wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(query.device), key_tiles * lines)
-        splits = max(1, min(wanted, triton.cdiv(num_queries, block_n) // FEWEST_TILES))
+        wanted = ceil_div(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(query.device), key_tiles * lines)
+        splits = max(1, min(wanted, ceil_div(num_queries, block_n) // FEWEST_TILES))
     parts = None if splits == 1 else result.new_empty(2 if mean else 1, splits, *result.shape)
     edits = lowered if lowered is not None and lowered.edits_weights else None
     codes = edits.key_codes if edits is not None and edits.edits_logits and edits.key_codes.shape[-1] else None
@@ -423,78 +431,85 @@ def column_pass(
     if given is not None:
         given = given.expand(batch, num_heads, -1, -1)
     valid = inputs.key_valid if inputs.padded else None
-    _column_pass[(lines * splits, key_tiles)](
-        query,
-        key,
-        log_sum_exp,
-        heads,
-        None if rows is None else last_contiguous(rows),
-        0 if rows is None else batch_stride(last_contiguous(rows)),
-        result,
-        parts,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *log_sum_exp.stride(),
-        used_heads,
-        num_heads,
-        num_heads // key.shape[1],
-        num_queries,
-        num_keys,
-        inputs.query_offset,
-        inputs.scaling,
-        inputs.softcap or 0.0,
-        inputs.window or 0,
-        valid,
-        batch_stride(valid),
-        given,
-        *((0, 0, 0, 0) if given is None else given.stride()),
-        None if values is None else values[0],
-        None if values is None else values[1],
-        0 if values is None else batch_stride(values[0]),
-        0 if values is None else batch_stride(values[1]),
-        order_heads,
-        codes,
-        *strides_of(codes),
-        0 if codes is None else codes.shape[-1],
-        row_codes,
-        batch_stride(row_codes),
-        None if edits is None else edits.map_coefficients,
-        None if edits is None else edits.pair_heads,
-        splits,
-        MEAN=mean,
-        COUNTS_PAIRS=mean and (rows is not None or given is not None or orders),
-        ONE_SPLIT=splits == 1,
-        HAS_HEADS=heads is not None,
-        HAS_SCOPE=rows is not None,
-        CAUSAL=inputs.causal,
-        HAS_WINDOW=inputs.window is not None,
-        HAS_VALID=valid is not None,
-        HAS_MASK=given is not None,
-        MASK_IS_BIAS=inputs.mask is None and inputs.bias is not None,
-        LOWEST=0.0 if inputs.bias is None else torch.finfo(inputs.bias.dtype).min / 2,
-        HAS_SOFTCAP=inputs.softcap is not None,
-        HAS_VALUES=values is not None,
-        HAS_ORDER_HEADS=order_heads is not None,
-        HAS_CODES=codes is not None,
-        HAS_ROW_CODES=row_codes is not None,
-        NUM_MAPS=0 if edits is None else edits.num_maps,
-        MAP_KEYS=0 if edits is None else edits.map_keys,
-        MAP_ROWS=0 if edits is None else edits.map_rows,
-        NUM_PAIRS=0 if edits is None else edits.num_pairs,
-        PAIR_KEYS=0 if edits is None else edits.pair_keys,
-        PAIR_ROWS=0 if edits is None else edits.pair_rows,
-        D=head_dim,
-        BLOCK_D=block_d,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        SCANNED=SCANNED_ROWS,
-        PRECISION="ieee",
-        STAGES=stages,
-        num_warps=warps,
+    launch(
+        _column_pass,
+        (lines * splits, key_tiles, 1),
+        (
+            query,
+            key,
+            log_sum_exp,
+            heads,
+            None if rows is None else last_contiguous(rows),
+            0 if rows is None else batch_stride(last_contiguous(rows)),
+            result,
+            parts,
+            *query.stride()[:3],
+            *key.stride()[:3],
+            *log_sum_exp.stride(),
+            used_heads,
+            num_heads,
+            num_heads // key.shape[1],
+            num_queries,
+            num_keys,
+            inputs.query_offset,
+            inputs.scaling,
+            inputs.softcap or 0.0,
+            inputs.window or 0,
+            valid,
+            batch_stride(valid),
+            given,
+            *((0, 0, 0, 0) if given is None else given.stride()),
+            None if values is None else values[0],
+            None if values is None else values[1],
+            0 if values is None else batch_stride(values[0]),
+            0 if values is None else batch_stride(values[1]),
+            order_heads,
+            codes,
+            *strides_of(codes),
+            0 if codes is None else codes.shape[-1],
+            row_codes,
+            batch_stride(row_codes),
+            None if edits is None else edits.map_coefficients,
+            None if edits is None else edits.pair_heads,
+            splits,
+        ),
+        {
+            "MEAN": mean,
+            "COUNTS_PAIRS": mean and (rows is not None or given is not None or orders),
+            "ONE_SPLIT": splits == 1,
+            "HAS_HEADS": heads is not None,
+            "HAS_SCOPE": rows is not None,
+            "CAUSAL": inputs.causal,
+            "HAS_WINDOW": inputs.window is not None,
+            "HAS_VALID": valid is not None,
+            "HAS_MASK": given is not None,
+            "MASK_IS_BIAS": inputs.mask is None and inputs.bias is not None,
+            "LOWEST": 0.0 if inputs.bias is None else torch.finfo(inputs.bias.dtype).min / 2,
+            "HAS_SOFTCAP": inputs.softcap is not None,
+            "HAS_VALUES": values is not None,
+            "HAS_ORDER_HEADS": order_heads is not None,
+            "HAS_CODES": codes is not None,
+            "HAS_ROW_CODES": row_codes is not None,
+            "NUM_MAPS": 0 if edits is None else edits.num_maps,
+            "MAP_KEYS": 0 if edits is None else edits.map_keys,
+            "MAP_ROWS": 0 if edits is None else edits.map_rows,
+            "NUM_PAIRS": 0 if edits is None else edits.num_pairs,
+            "PAIR_KEYS": 0 if edits is None else edits.pair_keys,
+            "PAIR_ROWS": 0 if edits is None else edits.pair_rows,
+            "D": head_dim,
+            "BLOCK_D": block_d,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "SCANNED": SCANNED_ROWS,
+            "PRECISION": "ieee",
+            "STAGES": stages,
+        },
+        warps,
     )
     if parts is not None:
         size = result.numel()
-        _add_up[(triton.cdiv(size, MERGED_KEYS),)](parts, result, size, splits, MEAN=mean, SIZE=MERGED_KEYS)
+        grid = (ceil_div(size, MERGED_KEYS), 1, 1)
+        launch(_add_up, grid, (parts, result, size, splits), {"MEAN": mean, "SIZE": MERGED_KEYS}, WARPS_OF_SUM)
     return result
 
 

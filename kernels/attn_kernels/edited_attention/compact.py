@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from attn_kernels.edited_attention.launch import ceil_div, launch
 from attn_kernels.edited_attention.lowering import NO_BIT, TILE, ListedKeys, LoweredEdits
 from attn_kernels.edited_attention.tiles import NO_BIT as NO_BIT_IN_KERNEL
 from attn_kernels.edited_attention.tiles import has_bit
@@ -108,7 +109,7 @@ def list_touched_keys(lowered: LoweredEdits) -> ListedKeys:
     """
     codes, regroup = lowered.key_codes, lowered.regroup
     batch, heads, num_keys = codes.shape
-    num_flags = triton.cdiv(num_keys, TILE)
+    num_flags = ceil_div(num_keys, TILE)
     if regroup is not None and num_keys >= 2**COUNT_BITS:
         raise ValueError(f"lists of {num_keys} keys for a Regroup; at most {2**COUNT_BITS - 1}")
     indices = torch.empty(batch, heads, 3, num_keys, dtype=torch.int32, device=codes.device)
@@ -116,19 +117,25 @@ def list_touched_keys(lowered: LoweredEdits) -> ListedKeys:
     if num_keys == 0:
         return ListedKeys(indices, torch.zeros(batch, heads, 3, dtype=torch.int32, device=codes.device), tile_flags)
     counts = torch.empty(batch, heads, 3, dtype=torch.int32, device=codes.device)
-    _list_touched_keys[(triton.cdiv(num_keys, OWN_KEYS), heads, batch)](
-        codes,
-        *codes.stride(),
-        num_keys,
-        indices,
-        counts,
-        tile_flags,
-        num_flags,
-        SOURCE=NO_BIT if regroup is None else regroup.source,
-        TARGET=NO_BIT if regroup is None else regroup.target,
-        OWN=OWN_KEYS,
-        COUNTED=COUNTED_KEYS,
-        FLAG_TILE=TILE,
-        num_warps=WARPS,
+    launch(
+        _list_touched_keys,
+        (ceil_div(num_keys, OWN_KEYS), heads, batch),
+        (
+            codes,
+            *codes.stride(),
+            num_keys,
+            indices,
+            counts,
+            tile_flags,
+            num_flags,
+        ),
+        {
+            "SOURCE": NO_BIT if regroup is None else regroup.source,
+            "TARGET": NO_BIT if regroup is None else regroup.target,
+            "OWN": OWN_KEYS,
+            "COUNTED": COUNTED_KEYS,
+            "FLAG_TILE": TILE,
+        },
+        WARPS,
     )
     return ListedKeys(indices, counts, tile_flags)

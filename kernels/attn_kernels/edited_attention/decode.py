@@ -28,6 +28,7 @@ from attn_kernels.edited_attention.edited_flash import LOWEST_MAXIMUM, load_tile
 from attn_kernels.edited_attention.launch import (
     batch_stride,
     can_overlap,
+    constant_names,
     last_contiguous,
     multiprocessors,
     power_of_two,
@@ -822,6 +823,18 @@ def edited_decode(
     unless ``inputs.first_query`` is missing.
     """
     query, key, value = last_contiguous(inputs.query), last_contiguous(inputs.key), last_contiguous(inputs.value)
+    if query.is_cuda and query.get_device() != torch.cuda.current_device():
+        # Triton launches on the current device; layers may lie on several.
+        with torch.cuda.device(query.device):
+            return edited_decode(
+                inputs,
+                lowered,
+                return_log_sum_exp=return_log_sum_exp,
+                page_table=page_table,
+                lengths=lengths,
+                splits=splits,
+                config=config,
+            )
     batch, num_heads, num_queries, head_dim = query.shape
     value_dim = value.shape[3]
     paged = page_table is not None
@@ -1000,12 +1013,7 @@ def edited_decode(
     return _result(output, log_sum_exp)
 
 
-def _constant_names(kernel: Any) -> tuple[str, ...]:
-    """In the kernel's order, as a compiled kernel takes them."""
-    return tuple(name for name, kind in kernel.fn.__annotations__.items() if "constexpr" in str(kind))
-
-
-_CONSTANT_NAMES, _MERGE_CONSTANT_NAMES = _constant_names(_edited_decode), _constant_names(_merge)
+_CONSTANT_NAMES, _MERGE_CONSTANT_NAMES = constant_names(_edited_decode), constant_names(_merge)
 
 
 def _result(output: Tensor, log_sum_exp: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:

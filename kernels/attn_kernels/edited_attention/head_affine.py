@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attn_kernels.edited_attention.launch import batch_stride
+from attn_kernels.edited_attention.launch import batch_stride, ceil_div, launch, power_of_two
 from attn_kernels.edited_attention.lowering import LoweredEdits
 from attn_kernels.edited_attention.tiles import NO_BIT, has_bit
 
@@ -75,23 +75,29 @@ def head_affine_(output: Tensor, lowered: LoweredEdits, heads: Tensor | None = N
     used_heads = num_heads if heads is None else len(heads)
     if used_heads == 0 or output.numel() == 0:
         return output
-    _head_affine[(used_heads, triton.cdiv(num_queries, ROWS), batch)](
-        output,
-        *output.stride()[:3],
-        heads,
-        num_queries,
-        rows,
-        batch_stride(rows),
-        gain,
-        batch_stride(gain),
-        offset,
-        batch_stride(offset),
-        HAS_HEADS=heads is not None,
-        HAS_OFFSET=offset is not None,
-        AFFINE_ROW=lowered.affine_row,
-        DV=value_dim,
-        BLOCK_DV=triton.next_power_of_2(value_dim),
-        BLOCK_N=ROWS,
-        num_warps=WARPS,
+    launch(
+        _head_affine,
+        (used_heads, ceil_div(num_queries, ROWS), batch),
+        (
+            output,
+            *output.stride()[:3],
+            heads,
+            num_queries,
+            rows,
+            batch_stride(rows),
+            gain,
+            batch_stride(gain),
+            offset,
+            batch_stride(offset),
+        ),
+        {
+            "HAS_HEADS": heads is not None,
+            "HAS_OFFSET": offset is not None,
+            "AFFINE_ROW": lowered.affine_row,
+            "DV": value_dim,
+            "BLOCK_DV": power_of_two(value_dim),
+            "BLOCK_N": ROWS,
+        },
+        WARPS,
     )
     return output

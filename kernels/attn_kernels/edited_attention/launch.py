@@ -1,11 +1,76 @@
-"""What the functions that launch kernels share: strides, sizes, the device."""
+"""What the functions that launch kernels share: the launch itself, strides, sizes, the device."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+Argument: TypeAlias = Tensor | int | float | None
+
+_compiled: dict[tuple[object, ...], tuple[Any, tuple[object, ...]]] = {}
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    arguments: Sequence[Argument],
+    constants: dict[str, Any],
+    warps: int,
+    starts_early: bool = False,
+) -> None:
+    """Launches a Triton kernel whose constants come last, on the device of its first argument.
+
+    Triton looks at all arguments in every launch, which takes the host longer than the device computes. A launch like an
+    earlier one, in all that Triton compiles for, goes to the compiled kernel. ``starts_early``: the kernel waits on the
+    device for the launch before, so that it may be started while that one runs.
+    """
+    first = arguments[0]
+    assert isinstance(first, Tensor)
+    if not first.is_cuda:
+        kernel[grid](*arguments, **constants, num_warps=warps)
+        return
+    device = first.get_device()
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, grid, arguments, constants, warps, starts_early)
+        return
+    alike = (id(kernel), device, warps, starts_early, *constants.values(), *map(_kind, arguments))
+    known = _compiled.get(alike)
+    if known is not None:
+        compiled, values = known
+        compiled[grid](*arguments, *values)
+        return
+    options = {"launch_pdl": True} if starts_early else {}
+    compiled = kernel[grid](*arguments, **constants, num_warps=warps, **options)
+    # Triton's interpreter returns nothing; on AMD it looks at more.
+    if compiled is not None and torch.version.hip is None:
+        _compiled[alike] = compiled, tuple(constants[name] for name in constant_names(kernel))
+
+
+def _kind(argument: Argument) -> object:
+    """What Triton compiles an argument for: type, alignment to 16, and whether a number is 1."""
+    if argument is None:
+        return None
+    if isinstance(argument, int):
+        return 1 if argument == 1 else (argument & 15 == 0, -(2**31) <= argument < 2**31)
+    if isinstance(argument, float):
+        return float
+    return argument.dtype, argument.data_ptr() & 15 == 0
+
+
+@functools.cache
+def constant_names(kernel: Any) -> tuple[str, ...]:
+    """In the kernel's order, as a compiled kernel takes them."""
+    return tuple(name for name, kind in kernel.fn.__annotations__.items() if "constexpr" in str(kind))
+
+
+def ceil_div(size: int, part: int) -> int:
+    """How many parts. Triton's function of that purpose is slow on the host, as is its ``next_power_of_2``."""
+    return -(-size // part)
 
 
 def last_contiguous(tensor: Tensor) -> Tensor:
@@ -23,7 +88,7 @@ def strides_of(tensor: Tensor | None) -> tuple[int, int]:
 
 
 def power_of_two(size: int) -> int:
-    """The smallest that is not below ``size``. Triton's function of that purpose is slow on the host."""
+    """The smallest that is not below ``size``."""
     return 1 << (size - 1).bit_length()
 
 
