@@ -29,7 +29,7 @@ from attn_hooks.selected_keys import selected_keys_mask
 from attn_hooks.sequence import SequenceState, SequenceTracker, SharedByLayers, StaticStep, is_captured, share
 from attn_hooks.settled import Settled, run_settled, settle
 from attn_hooks.tensor_parallel import local_heads
-from attn_kernels import AttentionInputs, Tap, moved_mass
+from attn_kernels import AttentionInputs, Primitive, Tap, moved_mass
 from attn_kernels.primitives import TapKind
 
 PLAN_ATTRIBUTE = "attn_hooks_plan"
@@ -58,8 +58,9 @@ WITHOUT_INFLUENCE = {
     "return_dict",
     "use_cache",
 }
-# Measuring the mass that moved costs as much as a decode step itself; the layers take turns.
-DECODE_STEPS_PER_MEASURE = 64
+# Measuring the mass that moved takes the host longer than launching a layer: on a GPU the edited layers take turns, one in
+# so many in a forward of several tokens and in a decode step.
+LAYERS_PER_MEASURE, LAYERS_PER_MEASURE_IN_DECODE = 32, 512
 _sdpa_at_import = functional.scaled_dot_product_attention
 
 
@@ -67,8 +68,8 @@ _sdpa_at_import = functional.scaled_dot_product_attention
 class LayerPlan:
     """What is to happen in one layer; lies on the attention module itself, so that copies and engines carry it.
 
-    ``is_measured``: on a GPU the mass that moved is measured in some layers only. ``selections`` and ``prepared`` keep what
-    does not change from call to call.
+    ``place``: among the edited layers. ``selections``, ``constant`` and ``prepared`` keep what does not change from call to
+    call.
     """
 
     key: str
@@ -78,13 +79,14 @@ class LayerPlan:
     tracker: SequenceTracker
     recorder: Recorder
     own_config: Any
-    is_measured: bool = True
+    place: int
     selections: dict[Any, Tensor] = field(default_factory=dict)
+    constant: dict[Any, list[Primitive]] = field(default_factory=dict)
     prepared: dict[Any, Prepared] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles prepare anew: compiled kernels stay behind."""
-        return vars(self) | {"selections": {}, "prepared": {}}
+        return vars(self) | {"selections": {}, "constant": {}, "prepared": {}}
 
 
 def register() -> None:
@@ -300,10 +302,11 @@ def _record(
     layer = plan.layer.index
     primitives = prepared.primitives
     moved: list[Tensor | None] = [None] * len(primitives)
-    is_measured = plan.is_measured or not inputs.query.is_cuda
-    if is_measured and phase == "decode":
-        is_measured = (sequence.past + layer) % DECODE_STEPS_PER_MEASURE == 0
-    if result.edited_weights and is_measured:
+    if phase == "decode":
+        is_measured = (sequence.past + plan.place) % LAYERS_PER_MEASURE_IN_DECODE == 0
+    else:
+        is_measured = (plan.tracker.prompts + plan.place) % LAYERS_PER_MEASURE == 0
+    if result.edited_weights and (is_measured or not inputs.query.is_cuda):
         moved = moved_mass(inputs, primitives, result.heads)
     rows = shared.rows(inputs)
     for owner, primitive, mass in zip(prepared.owners, primitives, moved, strict=True):
@@ -350,11 +353,21 @@ def _collect(
             vendor=prepared.vendor,
             of_forward=sequence.of_forward,
         )
-        answered = edit.primitives(call)
+        answered = _constant_primitives(plan, position, edit, call) if edit.constant else edit.primitives(call)
         prepared.primitives.extend(answered)
         prepared.owners.extend([position] * len(answered))
         prepared.is_settled = prepared.is_settled and (not for_later or edit.is_settled(call))
     return prepared
+
+
+def _constant_primitives(plan: LayerPlan, position: int, edit: Edit, call: AttentionCall) -> list[Primitive]:
+    """Made once, so that what the kernels make of their tensors is made once, too."""
+    if torch.is_grad_enabled() or _is_trained(edit):
+        return edit.primitives(call)
+    place = (position, call.heads, call.device, call.inputs.value.shape[-1])
+    if place not in plan.constant:
+        plan.constant[place] = edit.primitives(call)
+    return plan.constant[place]
 
 
 def _read_call(

@@ -171,6 +171,8 @@ class SequenceTracker:
     def __init__(self, decoder: nn.Module, outer: nn.Module, model: ModelInfo) -> None:
         self.model = model
         self.key = uuid4().hex
+        # Counted from minus one, so that the first is number 0.
+        self.prompts = -1
         self.parameters = list(inspect.signature(decoder.forward).parameters)
         self.outer_parameters = list(inspect.signature(outer.forward).parameters)
         self.in_flight = _InFlight()
@@ -279,6 +281,7 @@ class SequenceTracker:
         states: dict[str, SequenceState] = getattr(cache, STATES_ATTRIBUTE, {})
         known = states.get(self.key) if past else None
         if known is None:
+            self.prompts += 1
             before = states.get(self.key)
             earlier = TokenLayout(torch.full((batch, past), TokenKind.TEXT, dtype=torch.uint8, device=new.device))
             state = SequenceState(earlier.extended(new_layout, past), prompt_length=None if past else length)

@@ -22,8 +22,6 @@ from attn_hooks.recorder import EditRecord, Recorder
 from attn_hooks.registry import resolve_edits
 from attn_hooks.sequence import SequenceTracker
 
-# Measuring the mass that moved takes the host longer than launching the layer itself.
-LAYERS_PER_MEASURE = 8
 WRAPPING_ATTRIBUTE = "attn_hooks_wrapping"
 KEY_ATTRIBUTE = "attn_hooks_key"
 
@@ -68,8 +66,7 @@ class Wrapping:
             edits = self.edits_of_layer(layer.index)
             if edits:
                 tracker = self._tracker_of(model, layer.module_name)
-                is_measured = num_edited % LAYERS_PER_MEASURE == 0
-                plan = LayerPlan(self.key, self.info, layer, edits, tracker, self.recorder, own, is_measured)
+                plan = LayerPlan(self.key, self.info, layer, edits, tracker, self.recorder, own, num_edited)
                 num_edited += 1
                 setattr(layer.module, PLAN_ATTRIBUTE, plan)
         setattr(model, WRAPPING_ATTRIBUTE, self)

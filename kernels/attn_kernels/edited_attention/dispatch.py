@@ -281,7 +281,9 @@ def columns(
                 vendor.append(vendor_attention(inputs))
             log_sum_exp: Tensor | None = vendor[0][1]
         else:
-            _, log_sum_exp = edited_flash(inputs, lowered, with_log_sum_exp=True)
+            # Of the other heads it is not written, and not read.
+            selected = None if heads is None else heads.to(torch.int32)
+            _, log_sum_exp = edited_flash(inputs, lowered, selected, with_log_sum_exp=True)
         assert log_sum_exp is not None
         return column_pass(inputs, log_sum_exp, heads, lowered, rows, mean)
     except NotLowered:

@@ -366,7 +366,7 @@ def lower(inputs: AttentionInputs, edits: Sequence[Primitive]) -> LoweredEdits:
         num_maps=len(maps),
         map_keys=map_keys,
         map_rows=map_rows,
-        map_coefficients=torch.stack(coefficients) if maps else _nothing(device, torch.float32),
+        map_coefficients=_stacked(coefficients) if maps else _nothing(device, torch.float32),
         num_pairs=len(pairs),
         pair_keys=pair_keys,
         pair_rows=pair_rows,
@@ -463,14 +463,27 @@ def _places(chosen: Tensor) -> Tensor:
 
 
 def _selected_heads(edits: Sequence[Primitive]) -> Tensor | None:
-    """Indices of the heads that some edit selects; None for all. Waits for the device if the selection lies there."""
-    selected: Tensor | None = None
+    """Indices of the heads that some edit selects; None for all. Waits for the device if nobody knows the selection here."""
+    selections = []
     for edit in edits:
         heads = _heads_of(edit)
         if heads is None:
             return None
-        selected = heads if selected is None else selected | heads
-    return None if selected is None else indices_of_heads(selected)
+        selections.append(heads)
+    if not selections:
+        return None
+    known = {_known_selections.get(heads, heads) for heads in selections}
+    if len(known) == 1:
+        return indices_of_heads(selections[0])
+    named = tuple(chosen for chosen in known if isinstance(chosen, tuple))
+    if len(named) == len(known):
+        return indices_of_heads(_union(named, selections[0].device))
+    return indices_of_heads(functools.reduce(torch.logical_or, selections))
+
+
+@functools.lru_cache(maxsize=1024)
+def _union(selections: tuple[tuple[bool, ...], ...], device: torch.device) -> Tensor:
+    return head_selection([any(chosen) for chosen in zip(*selections, strict=True)], device)
 
 
 def indices_of_heads(heads: Tensor) -> Tensor:
@@ -482,16 +495,20 @@ def indices_of_heads(heads: Tensor) -> Tensor:
 
 def head_selection(chosen: Sequence[bool], device: torch.device) -> Tensor:
     """``(H,)`` bool on ``device`` whose indices are known already: nothing waits for the device, now or later."""
-    selection, indices = torch.tensor(chosen), torch.tensor(chosen).nonzero().squeeze(-1).to(torch.int32)
-    if device.type == "cuda":
-        # Copies from pageable memory would wait.
-        selection, indices = selection.pin_memory(), indices.pin_memory()
-    selection = selection.to(device, non_blocking=True)
-    _indices_of_heads[selection] = indices.to(device, non_blocking=True)
+    # What is made under inference_mode could not serve training later.
+    with torch.inference_mode(False):
+        selection, indices = torch.tensor(chosen), torch.tensor(chosen).nonzero().squeeze(-1).to(torch.int32)
+        if device.type == "cuda":
+            # Copies from pageable memory would wait.
+            selection, indices = selection.pin_memory(), indices.pin_memory()
+        selection = selection.to(device, non_blocking=True)
+        _indices_of_heads[selection] = indices.to(device, non_blocking=True)
+    _known_selections[selection] = tuple(chosen)
     return selection
 
 
 _indices_of_heads: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+_known_selections: MutableMapping[Tensor, tuple[bool, ...]] = WeakTensorKeyDictionary()
 
 
 def _heads_of(edit: Primitive) -> Tensor | None:
@@ -589,6 +606,10 @@ def _of_heads(
     return full if heads is None else torch.where(heads, full, identity)
 
 
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0][None] if len(parts) == 1 else torch.stack(list(parts))
+
+
 def _pair_heads(pairs: Sequence[tuple[float, Tensor | None]], num_heads: int, device: torch.device) -> Tensor:
     rows = [_of_heads(sign, 0.0, heads, num_heads, device).to(torch.int8) for sign, heads in pairs]
     return torch.stack(rows) if rows else _nothing(device, torch.int8)
@@ -599,6 +620,12 @@ def _nothing(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype, device=device)
 
 
+@functools.cache
+def _no_gain(num_heads: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.ones(1, num_heads, device=device)
+
+
 def _one_affine(
     edits: Sequence[HeadAffine], num_heads: int, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -607,18 +634,19 @@ def _one_affine(
         return None, None, None
     if any(edit.rows is not edits[0].rows for edit in edits):
         raise NotLowered("HeadAffines with different row scopes")
-    gain = torch.ones(1, num_heads, device=device)
+    gain: Tensor | None = None
     offset: Tensor | None = None
     for edit in edits:
-        factor = torch.ones(1, num_heads, device=device)
+        factor = _no_gain(num_heads, device)
         if edit.gain is not None:
             factor = edit.gain.to(device, torch.float32).reshape(-1, num_heads)
         if edit.replace is not None:
             factor = torch.where(edit.replace.to(device), 0.0, factor)
-        gain = gain * factor
+        gain = factor if gain is None else gain * factor
         if offset is not None:
             offset = offset * factor[..., None]
         if edit.offset is not None:
             added = edit.offset.to(device, torch.float32).reshape(-1, num_heads, edit.offset.shape[-1])
             offset = added if offset is None else offset + added
+    assert gain is not None
     return gain.contiguous(), None if offset is None else offset.contiguous(), edits[0].rows
