@@ -316,6 +316,8 @@ _made_of_codes: MutableMapping[Tensor, dict[Any, Any]] = WeakTensorKeyDictionary
 def lower(inputs: AttentionInputs, edits: Sequence[Primitive]) -> LoweredEdits:
     """The primitives of a call for the kernels. Raises ``NotLowered`` for what only the PyTorch path can do."""
     num_heads, device = inputs.num_heads, inputs.query.device
+    if not edits:
+        return _without_edits(device)
     keys, rows = _Bits("key groups"), _Bits("row scopes")
     everywhere = [edit for edit in edits if not _is_scoped(edit)]
     maps = [edit for edit in edits if isinstance(edit, LogitMap)]
@@ -379,6 +381,31 @@ def lower(inputs: AttentionInputs, edits: Sequence[Primitive]) -> LoweredEdits:
         affine_row=affine_row,
         heads=_selected_heads(edits),
         unscoped=lower(inputs, everywhere) if 0 < len(everywhere) < len(edits) else None,
+    )
+
+
+@functools.cache
+def _without_edits(device: torch.device) -> LoweredEdits:
+    nothing, no_heads = _nothing(device, torch.float32), _nothing(device, torch.int8)
+    return LoweredEdits(
+        key_codes=torch.zeros(1, 1, 0, dtype=torch.uint8, device=device),
+        row_codes=None,
+        num_maps=0,
+        map_keys=0,
+        map_rows=0,
+        map_coefficients=nothing,
+        num_pairs=0,
+        pair_keys=0,
+        pair_rows=0,
+        pair_heads=no_heads,
+        order_values=None,
+        order_heads=None,
+        regroup=None,
+        gain=None,
+        offset=None,
+        affine_row=NO_BIT,
+        heads=None,
+        unscoped=None,
     )
 
 
