@@ -17,6 +17,7 @@ from attn_hooks.methods.pasta import PASTA
 from attn_hooks.methods.power import PowerAttention
 from attn_hooks.methods.sink_scale import SinkScale
 from attn_hooks.methods.streaming import Streaming
+from attn_hooks.methods.var import VAR
 from attn_hooks.model_info import LayerInfo, ModelInfo, inspect_model, layout_of
 from attn_hooks.paths import recipes_dir, testbed_path
 from attn_hooks.registry import build_edit, methods
@@ -28,6 +29,7 @@ from attn_hooks.wrapping import EditNeverActedWarning, editing, edits_in_force, 
 __all__ = [
     "ACT",
     "PASTA",
+    "VAR",
     "Ablate",
     "AttentionCall",
     "AttnHooksError",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attn_hooks import engine
 from attn_hooks.layout import TokenLayout
+from attn_hooks.model_info import ModelInfo
 from attn_kernels import AttentionInputs, Primitive, Tap, head_selection, indices_of_heads, read_taps
 from attn_kernels.primitives import TapKind
 
@@ -29,6 +30,9 @@ class AttentionCall:
     ``earlier`` holds the primitives of methods that act before this one; taps see their effect. ``selections`` are the
     layer's head selections so far: the same heads are the same tensor in every call. ``vendor`` keeps plain attention's
     output and log-sum-exp, if a tap needed them, for the engine. ``of_forward`` is what ``shared_by_layers`` keeps.
+    ``hidden_states``, for edits that read ``hidden``: the residual stream of this call's tokens as it enters the decoder
+    layer, before its norm, perhaps on another device; None while a decode step is prepared that was not taken yet.
+    ``info`` is what ``inspect_model`` found, None only in calls made by hand.
     """
 
     inputs: AttentionInputs
@@ -47,6 +51,8 @@ class AttentionCall:
     selections: dict[Any, Tensor] = field(default_factory=dict)
     vendor: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     of_forward: dict[Any, Any] = field(default_factory=dict)
+    hidden_states: Tensor | None = None  # (B, N, E)
+    info: ModelInfo | None = None
 
     def shared_by_layers(self, place: tuple[object, ...], make: Callable[[], T]) -> T:
         """``make()``, once for all layers of this forward whose calls have as many keys: what depends on tokens alone."""

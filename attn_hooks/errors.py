@@ -182,6 +182,20 @@ CATALOGUE: dict[str, Entry] = {
         "A prompt without an image, or embeddings given in place of token ids.",
         "Give the prompt its image and its token ids, or leave the edit out for text.",
     ),
+    "unknown-sink-dims": Entry(
+        EditError,
+        "{method}: nobody has published the hidden dimensions in which the sinks of {model} ({backbone}) show. Measure them with "
+        "`attn-hooks find-sinks MODEL` and pass dims=(...).",
+        "VAR finds sinks by massive activations in a few dimensions, which differ from one language model to the next.",
+        "`attn-hooks find-sinks MODEL` prints them; pass them as `dims`.",
+    ),
+    "no-layer-input": Entry(
+        UnsupportedModelError,
+        "{method} reads what enters a decoder layer, and that of layer {layer} of {model} could not be seen: no numbered module "
+        "stands around the attention, or it was run without being called, or on other tokens than its attention.",
+        "The hidden states come from a hook on the decoder layer, the innermost numbered module around the attention.",
+        "Leave the layer out of the edit, or use a method that does not read hidden states.",
+    ),
     "cannot-compose": Entry(
         EditError,
         "{first} and {second} cannot stand together: {reason}.",

@@ -352,12 +352,24 @@ def _collect(
             selections=plan.selections,
             vendor=prepared.vendor,
             of_forward=sequence.of_forward,
+            info=plan.model,
+            hidden_states=_hidden_states(plan, edit, inputs, sequence) if call_type is AttentionCall else None,
         )
         answered = _constant_primitives(plan, position, edit, call) if edit.constant else edit.primitives(call)
         prepared.primitives.extend(answered)
         prepared.owners.extend([position] * len(answered))
         prepared.is_settled = prepared.is_settled and (not for_later or edit.is_settled(call))
     return prepared
+
+
+def _hidden_states(plan: LayerPlan, edit: Edit, inputs: AttentionInputs, sequence: SequenceState) -> Tensor | None:
+    """``(B, N, E)`` for an edit that reads what enters the layer."""
+    if "hidden" not in edit.reads:
+        return None
+    hidden = sequence.entered.get(plan.layer.decoder_layer or "")
+    if hidden is None or hidden.shape[:2] != (inputs.query.shape[0], inputs.num_queries):
+        raise error("no-layer-input", method=edit.method, layer=plan.layer.index, model=plan.model.model_class)
+    return hidden
 
 
 def _constant_primitives(plan: LayerPlan, position: int, edit: Edit, call: AttentionCall) -> list[Primitive]:

@@ -157,6 +157,11 @@ class TokenLayout:
         return self.kinds != TokenKind.PADDING
 
     @property
+    def is_image(self) -> Tensor:
+        """``(B, M)`` bool: tokens of an image."""
+        return self.kinds >= TokenKind.IMAGE
+
+    @property
     def position(self) -> Tensor:
         """``(B, M)`` long: how many real tokens came before; -1 on left padding.
 

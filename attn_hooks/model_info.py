@@ -38,6 +38,14 @@ class LayerInfo:
     module_name: str
     module: nn.Module = field(repr=False, compare=False)
 
+    @property
+    def decoder_layer(self) -> str | None:
+        """Name of the decoder layer around the attention module: the innermost with a number; None without one."""
+        name = self.module_name.rpartition(".")[0]
+        while name and not name.rpartition(".")[2].isdigit():
+            name = name.rpartition(".")[0]
+        return name or None
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -50,6 +58,7 @@ class ModelInfo:
     bos_token_id: int | None
     left_alone: dict[str, str] = field(default_factory=dict)
     vision: VisionLayout | None = field(default=None, repr=False, compare=False)
+    text_config: Any = field(default=None, repr=False, compare=False)
 
     def layer(self, index: int) -> LayerInfo:
         return next(layer for layer in self.layers if layer.index == index)
@@ -143,6 +152,7 @@ def inspect_model(model: nn.Module) -> ModelInfo:
         bos_token_id=_first_number(text_config, "bos_token_id"),
         left_alone=left_alone,
         vision=vision,
+        text_config=text_config,
     )
 
 

@@ -23,6 +23,7 @@ SHIPPED = {
     "power": "attn_hooks.methods.power:PowerAttention",
     "sink_scale": "attn_hooks.methods.sink_scale:SinkScale",
     "streaming": "attn_hooks.methods.streaming:Streaming",
+    "var": "attn_hooks.methods.var:VAR",
 }
 ENTRY_POINT_GROUP = "attn_hooks.methods"
 

@@ -104,6 +104,8 @@ class SequenceState:
     of_forward: dict[tuple[object, ...], Any] = field(default_factory=dict)
     of_decode: dict[tuple[object, ...], Any] = field(default_factory=dict)
     static_step: StaticStep = field(default_factory=StaticStep)
+    # By name of the decoder layer, of the one that runs; of all where a checkpoint may run them again without their hooks.
+    entered: dict[str, Tensor] = field(default_factory=dict)
 
     def state_of(self, owner: tuple[str, int, int]) -> dict[str, Any]:
         """The memory of one edit in one layer: ``(plan, edit, layer)``. A layer that runs several times a forward (recurrent
@@ -255,6 +257,19 @@ class SequenceTracker:
         torch._dynamo.graph_break(msg=_static_step_refused(self.model.model_class, refusal))
         return None
 
+    def before_layer(self, name: str, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of a decoder layer, ``name``, where an edit reads what enters it."""
+        if self.static_step is None:
+            self._enter(name, args[0] if args else kwargs.get("hidden_states"))
+
+    @torch.compiler.disable(reason="attn_hooks hands the layer's input to an edit on the host")
+    def _enter(self, name: str, hidden: Any) -> None:
+        sequence = self.in_flight.current
+        if sequence is not None and isinstance(hidden, Tensor):
+            if not torch.is_grad_enabled():
+                sequence.entered.clear()
+            sequence.entered[name] = hidden.detach()
+
     @torch.compiler.disable(
         reason="attn_hooks follows a prompt on the host; only decode steps with a static cache compile in one graph"
     )
@@ -305,6 +320,7 @@ class SequenceTracker:
             state.static_step.begin(batch, past + length, new.device)
         state.past, state.new = past, length
         state.of_forward.clear()
+        state.entered.clear()
         state.preallocated = isinstance(cache, Cache) and cache.is_compileable
         state.calls.clear()
         self.in_flight.current = state
@@ -327,6 +343,8 @@ class SequenceTracker:
         if self.static_step is not None:
             self.static_step = None
             return
+        if self.in_flight.current is not None and not torch.is_grad_enabled():
+            self.in_flight.current.entered.clear()
         candidates = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
         for candidate in candidates:
             if isinstance(candidate, Cache):

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -17,7 +18,14 @@ from transformers import PreTrainedModel
 from attn_hooks.edit import Edit
 from attn_hooks.errors import error
 from attn_hooks.interface import PLAN_ATTRIBUTE, LayerPlan, register
-from attn_hooks.model_info import IMPLEMENTATION_PREFIX, ModelInfo, inspect_model, interface_modules, underlying_model
+from attn_hooks.model_info import (
+    IMPLEMENTATION_PREFIX,
+    LayerInfo,
+    ModelInfo,
+    inspect_model,
+    interface_modules,
+    underlying_model,
+)
 from attn_hooks.recorder import EditRecord, Recorder
 from attn_hooks.registry import resolve_edits
 from attn_hooks.sequence import SequenceTracker
@@ -66,6 +74,7 @@ class Wrapping:
             edits = self.edits_of_layer(layer.index)
             if edits:
                 tracker = self._tracker_of(model, layer.module_name)
+                self._follow_hidden(model, layer, edits, tracker)
                 plan = LayerPlan(self.key, self.info, layer, edits, tracker, self.recorder, own, num_edited)
                 num_edited += 1
                 setattr(layer.module, PLAN_ATTRIBUTE, plan)
@@ -93,6 +102,15 @@ class Wrapping:
             if not self.recorder.records[place].calls:
                 message = f"{edit} never acted on {self.info.model_class}: no attention call reached it in its scope."
                 warnings.warn(message, EditNeverActedWarning, stacklevel=stacklevel + 1)
+
+    def _follow_hidden(
+        self, model: nn.Module, layer: LayerInfo, edits: tuple[tuple[int, Edit], ...], tracker: SequenceTracker
+    ) -> None:
+        name = layer.decoder_layer
+        if name is None or name in self.hooked or not any("hidden" in edit.reads for _, edit in edits):
+            return
+        hook = partial(tracker.before_layer, name)
+        self.hooked[name] = [model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)]
 
     def _tracker_of(self, model: nn.Module, module_name: str) -> SequenceTracker:
         """The tracker of the innermost transformers model around an attention module."""

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 VOCABULARY = 61
+IMAGE = VOCABULARY - 1
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -28,6 +29,8 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": None,
     "pad_token_id": 0,
+    # No family with images: a run of these tokens counts as one.
+    "image_token_id": IMAGE,
 }
 
 
@@ -71,15 +74,20 @@ def _built(model_class: type[PreTrainedModel], config: object, dtype: torch.dtyp
 FAMILIES = {"llama": llama, "mistral": mistral, "gemma2": gemma2, "gpt_oss": gpt_oss}
 
 
-def prompts(batch: int = 3, length: int = 14, seed: int = 0) -> torch.Tensor:
-    """Token ids ``(batch, length)`` that start with BOS."""
+def prompts(batch: int = 3, length: int = 14, seed: int = 0, image: bool = False) -> torch.Tensor:
+    """Token ids ``(batch, length)`` that start with BOS; perhaps with three images of a token each."""
     generator = torch.Generator("cpu").manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (batch, length), generator=generator, device="cpu")
+    ids[ids == IMAGE] = 3
     ids[:, 0] = 1
+    if image:
+        ids[:, 1:6:2] = IMAGE
     return ids.to(torch.get_default_device())
 
 
-def left_padded(lengths: tuple[int, ...] = (14, 9, 4), seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def left_padded(
+    lengths: tuple[int, ...] = (14, 9, 4), seed: int = 0, image: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask of prompts of several lengths, padding first."""
     longest = max(lengths)
     ids, mask = (
@@ -87,6 +95,6 @@ def left_padded(lengths: tuple[int, ...] = (14, 9, 4), seed: int = 0) -> tuple[t
         torch.zeros(len(lengths), longest, dtype=torch.long),
     )
     for row, length in enumerate(lengths):
-        ids[row, longest - length :] = prompts(1, length, seed + row)
+        ids[row, longest - length :] = prompts(1, length, seed + row, image)
         mask[row, longest - length :] = 1
     return ids, mask

@@ -16,6 +16,7 @@ from attn_hooks.registry import SHIPPED
 ATTN_HOOKS = {
     "ACT",
     "PASTA",
+    "VAR",
     "Ablate",
     "AttentionCall",
     "AttnHooksError",

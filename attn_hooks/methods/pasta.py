@@ -25,8 +25,8 @@ from torch import Tensor
 from attn_hooks.call import AttentionCall
 from attn_hooks.edit import Edit, Heads, Layers, NonNegative, Positive, Reads, Scope, Writes
 from attn_hooks.errors import error
-from attn_hooks.layout import TokenKind
 from attn_hooks.model_info import ModelInfo
+from attn_hooks.prompt import image_keys
 from attn_kernels import LogitMap, Primitive
 
 
@@ -97,11 +97,7 @@ class PASTA(Edit):
     def _highlighted(self, call: AttentionCall) -> Tensor:
         """Bool ``(B, M)``: keys inside the spans of their prompt."""
         if self.spans == "image":
-            if not (call.layout.kinds >= TokenKind.IMAGE).any():
-                raise error(
-                    "no-image-in-prompt", method=self.method, model=call.model, image_token_id=call.image_token_id
-                )
-            return call.key_kinds >= TokenKind.IMAGE
+            return image_keys(self, call)
         position = call.inputs.key_position.expand(call.batch, -1)
         highlighted = torch.zeros_like(position, dtype=torch.bool)
         if call.batch % len(self.spans):

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from attn_hooks import ACT, PASTA, Ablate, Edit, HeadAffine, PowerAttention, SinkScale, Streaming
+from attn_hooks import ACT, PASTA, VAR, Ablate, Edit, HeadAffine, PowerAttention, SinkScale, Streaming
 from tests.models import SIZES
 
 LAYERS, HEADS, HEAD_DIM = SIZES["num_hidden_layers"], SIZES["num_attention_heads"], SIZES["head_dim"]
 GAIN = torch.linspace(0.5, 2.0, LAYERS * HEADS).reshape(LAYERS, HEADS)
-OFFSET = torch.linspace(-1.0, 1.0, LAYERS * HEADS * HEAD_DIM).reshape(LAYERS, HEADS, HEAD_DIM)
+OFFSET = torch.linspace(-0.1, 0.1, LAYERS * HEADS * HEAD_DIM).reshape(LAYERS, HEADS, HEAD_DIM)
 PROMPT = 14
 
 
@@ -39,4 +39,10 @@ CASES = [
     Case(PowerAttention(block=2, window_blocks=1, sink_blocks=0), PowerAttention(block=64, window_blocks=4)),
     Case(SinkScale(scale=0.05), SinkScale(scale=1.0)),
     Case(Streaming(sinks=1, window=3), Streaming(window=4096)),
+    Case(
+        VAR(p=0.1, rho=0.0, summ=0.05, tau=1.5, dims=(0, 5, 9)),
+        VAR(p=1.0, rho=0.0, summ=0.05, tau=1.5, dims=(0, 5, 9)),
+        frozen_on_prompt=True,
+        chunks=False,
+    ),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import attn_hooks
 from attn_hooks import EditError, registry
+from tests import models
 from tests.methods.cases import CASES, PROMPT, Case
-from tests.models import FAMILIES, left_padded, llama, prompts
+from tests.models import FAMILIES, llama
 
+prompts, left_padded = partial(models.prompts, image=True), partial(models.left_padded, image=True)
 case_ids = [case.active.method for case in CASES]
 every_case = pytest.mark.parametrize("case", CASES, ids=case_ids)
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -124,7 +127,7 @@ def test_decode_step_equals_row_of_prefill(case: Case, family: str, cache_kind: 
 def test_caches_agree_with_left_padding(case: Case, family: str) -> None:
     model = attn_hooks.wrap(FAMILIES[family](), case.active)
     ids, mask = left_padded((PROMPT, 9, 4))
-    more = prompts(3, 5, seed=9)[:, 1:]
+    more = models.prompts(3, 5, seed=9)[:, 1:]
     ids, mask = torch.cat([ids, more], 1), torch.cat([mask, torch.ones_like(more)], 1)
     dynamic = decode(model, ids, PROMPT, DynamicCache(config=model.config), attention_mask=mask)
     static = decode(model, ids, PROMPT, StaticCache(config=model.config, max_cache_len=30), attention_mask=mask)

@@ -1,0 +1,69 @@
+"""The methods that need an image, on a tiny random model of each family of vision-language models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+import attn_hooks
+from attn_hooks import VAR, Edit
+from attn_hooks.methods.var import sink_strength
+from tests.hooks import vlms
+
+# A prefix LM, whose attention is not causal and not edited.
+FAMILIES = sorted(set(vlms.CASES) - {"paligemma"})
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method with parameters that change nothing and some that do, given a model and its inputs."""
+
+    active: Callable[[Any, dict[str, Any]], Edit]
+    neutral: Callable[[Any, dict[str, Any]], Edit]
+
+
+def var(p: float) -> Callable[[Any, dict[str, Any]], Edit]:
+    def edit(model: Any, inputs: dict[str, Any]) -> Edit:
+        """Half of the first prompt's image tokens are sinks."""
+        (first, *_) = attn_hooks.inspect_model(model).layers
+        entered: list[torch.Tensor] = []
+        handle = model.get_submodule(first.decoder_layer).register_forward_pre_hook(
+            lambda _layer, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        model(**inputs)
+        handle.remove()
+        is_image = attn_hooks.layout_of(model, **inputs).is_image[0]
+        tau = float(sink_strength(entered[0], (0,))[0, is_image].median())
+        return VAR(dims=(0,), tau=tau, summ=0.0, rho=0.0, p=p, layers=(first.index,))
+
+    return edit
+
+
+CASES = {
+    "var": Case(active=var(p=0.0), neutral=var(p=1.0)),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", CASES)
+@torch.no_grad()
+def test_it_acts_on_every_family_and_leaves_no_trace(method: str, family: str) -> None:
+    """A padded batch with two images or more, none and one; prompt and decode."""
+    model, inputs = vlms.CASES[family].model(), vlms.CASES[family].inputs()
+    before = model(**inputs).logits
+    real = inputs["attention_mask"].bool()
+    active, neutral = CASES[method].active(model, inputs), CASES[method].neutral(model, inputs)
+    with attn_hooks.editing(model, neutral):
+        torch.testing.assert_close(model(**inputs).logits[real], before[real], rtol=1e-4, atol=1e-5)
+    with attn_hooks.editing(model, active):
+        after = model(**inputs).logits
+        model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        (done,) = attn_hooks.report(model).edits
+    with_image, without = ((after[row] - before[row])[real[row]].abs().max() for row in (0, 1))
+    assert with_image > 1e-6 > without
+    assert done.calls["decode"] == 2 * len(done.layers)
+    assert torch.equal(model(**inputs).logits, before)
