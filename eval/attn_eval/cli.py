@@ -230,6 +230,52 @@ def compare(
         console.print(f"note: {escape(note)}")
 
 
+@app.command("find-sinks")
+def find_sinks(
+    model: Annotated[str, typer.Argument(help="A folder, a model id of the hub, or testbed-lm.")],
+    prompt: Annotated[str | None, typer.Option(help="The text to look at; by default a few sentences.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="An image of the prompt; may be given again, in the prompt's order.")
+    ] = None,
+    tau: Annotated[float, typer.Option(min=0.0, help="How far a dimension stands out, as VAR's tau.")] = 20.0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
+) -> None:
+    """Find the hidden dimensions in which a model's sink tokens show: [bold]dims[/bold] of the method var.
+
+    One forward; what enters each decoder layer from 2 on is compared with its root mean square.
+    """
+    from attn_eval.probing import measured_sinks
+
+    _silence_loading_bars()
+    measured = measured_sinks(model, prompt, image or [], tau, dtype, device)
+    if as_json:
+        print(json.dumps(measured, indent=2))
+        return
+    table = Table(title=f"{measured['class']}: {measured['tokens']} tokens, {measured['hidden_size']} dimensions")
+    for column in ("dim", "tells sinks", f"layers of {len(measured['layers'])}", "tokens", "strongest", "at token"):
+        table.add_column(column)
+    for about in measured["found"]:
+        table.add_row(
+            str(about["dim"]),
+            "yes" if about["tells_sinks"] else "no",
+            str(len(about["layers"])),
+            f"{about['share_of_tokens']:.0%}",
+            f"{about['strongest']:.1f} in layer {about['layer']}",
+            f"{about['position']} {escape(repr(about['token']))}",
+        )
+    if measured["found"]:
+        _out().print(table)
+    if measured["dims"]:
+        _out().print(f"for var: dims={tuple(measured['dims'])}")
+    else:
+        _out().print(
+            f"no dimension tells sinks at tau {tau:g}: the strongest activation is {measured['strongest']:.1f} times the "
+            "root mean square. Give another prompt, or a smaller --tau (and the same to var)."
+        )
+
+
 def main() -> None:
     """The entry point: runs the command and turns every error of a user's into one line and exit code 2."""
     try:
