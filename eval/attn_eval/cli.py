@@ -171,8 +171,8 @@ def run(
 ) -> None:
     """Run a recipe: the same questions to the model as it is and to the edited one, with paired statistics.
 
-    Writes results.json (metrics, every sample, versions, seeds, edits, timing), table.md and a heat map for each
-    needle grid. A run that was stopped goes on with the same command.
+    Writes results.json (metrics, every sample, versions, seeds, edits, timing), table.md, a heat map for each needle
+    grid and, for each benchmark with images, a plot and the answers. A run that was stopped goes on with the same command.
     """
     import attn_hooks
     from attn_eval.recipe import find_recipe, load_recipe
@@ -194,7 +194,7 @@ def run(
     console.print(console_table(results["metrics"], loaded.name))
     for note in results["notes"]:
         console.print(f"note: {escape(note)}")
-    console.print(f"written to {escape(str(folder))}: results.json, table.md{_heat_maps(results)}", soft_wrap=True)
+    console.print(f"written to {escape(str(folder))}: results.json, table.md{_plots(results)}", soft_wrap=True)
 
 
 @app.command()
@@ -226,6 +226,51 @@ def compare(
     for name, folder, results in zip(("first", "second"), (first, second), runs, strict=True):
         edits = ", ".join(edit["method"] for edit in results["edits"]) or "no edits"
         console.print(f"{name}: {escape(str(folder))} ({escape(results['recipe']['name'])}; {edits})", soft_wrap=True)
+    for note in notes:
+        console.print(f"note: {escape(note)}")
+
+
+@app.command()
+def score(
+    task: Annotated[str, typer.Argument(help="A benchmark with images: pope, chair, mme or amber.")],
+    answers: Annotated[
+        list[Path], typer.Option(help="A file of answers in the published format; may be given again (one a split).")
+    ],
+    edited: Annotated[
+        list[Path] | None, typer.Option(help="The answers of another run to the same questions, to be compared.")
+    ] = None,
+    questions: Annotated[
+        list[str] | None, typer.Option(help="A published question file; may be given again (one a split).")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A key of the task, as in a recipe: --set instances=instances_val2014.json",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 42,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
+) -> None:
+    """Score answers that are there already: no model, no images.
+
+    A run writes its answers in this form, too, to answers/TASK/RUN in its folder.
+    """
+    from attn_eval.answers import image_task, score_answers
+    from attn_eval.recipe import parse_override
+    from attn_eval.report import console_table
+
+    settings: dict[str, Any] = dict(parse_override(override) for override in overrides or [])
+    if questions:
+        settings["questions"] = questions
+    benchmark = image_task(task, settings)
+    metrics, notes = score_answers(benchmark, answers, edited or [], seed)
+    if as_json:
+        print(json.dumps({"task": task, "metrics": metrics, "notes": notes}, indent=2))
+        return
+    console = _out()
+    console.print(console_table(metrics, task))
     for note in notes:
         console.print(f"note: {escape(note)}")
 
@@ -400,8 +445,10 @@ def _layer_table(layers: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _heat_maps(results: dict[str, Any]) -> str:
-    return "".join(f", heatmap_{name}.png" for name, task in results["tasks"].items() if task["grid"])
+def _plots(results: dict[str, Any]) -> str:
+    drawn = [f"heatmap_{name}.png" for name, task in results["tasks"].items() if task["grid"]]
+    drawn += dict.fromkeys(f"figures_{metric['task']}.png" for metric in results["metrics"] if "unit" in metric)
+    return "".join(f", {name}" for name in drawn)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from attn_eval.figures import Metric, Scored, figures_of
 from attn_eval.results import ALL_LENGTHS, ALL_TASKS, BASELINE, EDITED
 from attn_eval.statistics import compare_paired
+from attn_eval.tasks import build_task, task_class
+from attn_eval.tasks.images import ImageTask
 
 SAMPLE_METRICS = ("score", "nats_per_token")
 
@@ -15,8 +18,8 @@ def compare_results(first: dict[str, Any], second: dict[str, Any]) -> list[dict[
     """The metrics that both runs have, the second less the first.
 
     A run's value is that of its edited half, or of the baseline where the recipe has no edits. Paired statistics are
-    given for scores and nats a token where both runs have the same data (by hash) and the same sample ids; elsewhere
-    only the plain difference can be said.
+    given for scores, nats a token and the figures of benchmarks with images, where both runs have the same data (by
+    hash) and the same sample ids; elsewhere only the plain difference can be said.
 
     Returns:
         Records with task, length, metric, ``first``, ``second``, ``difference``, ``paired`` (bool) and, where paired,
@@ -24,14 +27,20 @@ def compare_results(first: dict[str, Any], second: dict[str, Any]) -> list[dict[
     """
     runs = [_run_of(results) for results in (first, second)]
     ours = {(metric["task"], metric["length"], metric["metric"]): metric for metric in first["metrics"]}
+    paired_figures = _figures_of_both(first, second, runs)
     compared = []
     for metric in second["metrics"]:
         key = metric["task"], metric["length"], metric["metric"]
         if key not in ours:
             continue
+        if key in paired_figures:
+            compared.append(paired_figures[key] | {"paired": True})
+            continue
         values = ours[key][runs[0]], metric[runs[1]]
         entry: dict[str, Any] = dict(zip(("task", "length", "metric"), key, strict=True))
-        entry |= {"first": values[0], "second": values[1], "difference": values[1] - values[0], "paired": False}
+        entry |= {name: metric[name] for name in ("unit",) if name in metric}
+        difference = None if None in values else values[1] - values[0]
+        entry |= {"first": values[0], "second": values[1], "difference": difference, "paired": False}
         strata = _same_samples(first, second, runs, *key)
         if strata:
             paired = asdict(compare_paired(*strata, seed=second["seeds"]["bootstrap"]))
@@ -52,6 +61,32 @@ def left_out(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
         elif first["tasks"][name]["data_sha256"] != second["tasks"][name]["data_sha256"]:
             notes.append(f"{name}: the data differ, so no paired statistics")
     return notes
+
+
+def _figures_of_both(
+    first: dict[str, Any], second: dict[str, Any], runs: list[str]
+) -> dict[tuple[str, str, str], Metric]:
+    """(task, part, figure) -> the second run less the first, for benchmarks with images whose data are the same."""
+    compared = {}
+    for name, about in second["tasks"].items():
+        if name not in first["tasks"] or first["tasks"][name]["data_sha256"] != about["data_sha256"]:
+            continue
+        if not issubclass(task_class(about["parameters"]["task"]), ImageTask):
+            continue
+        task = build_task(about["parameters"])
+        assert isinstance(task, ImageTask)
+        ours = {sample["id"]: sample for sample in first["samples"] if sample["label"] == name}
+        samples = []
+        for sample in second["samples"]:
+            if sample["label"] == name:
+                both = {"first": ours[sample["id"]][runs[0]], "second": sample[runs[1]]}
+                parts = [part for part, _ in sample["places"]]
+                scores = {run: record["score"] for run, record in both.items()}
+                counts = {run: record["counts"] for run, record in both.items()}
+                samples.append(Scored(sample["image"], sample["stratum"], parts, scores, counts))
+        for metric in figures_of(task, samples, ("first", "second"), second["seeds"]["bootstrap"]):
+            compared[name, metric["length"], metric["metric"]] = metric
+    return compared
 
 
 def _run_of(results: dict[str, Any]) -> str:
@@ -82,6 +117,8 @@ def _by_task(results: dict[str, Any], run: str, metric: str) -> dict[str, dict[s
     values: dict[str, dict[str, tuple[int, float]]] = {}
     for sample in results["samples"]:
         measured = sample[run]
+        if "length" not in sample:
+            continue
         if metric == "score" and "score" in measured:
             value = measured["score"]
         elif metric == "nats_per_token" and "nll" in measured:

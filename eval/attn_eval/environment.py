@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("attn-hooks", "torch", "transformers", "tokenizers", "numpy", "wonderwords", "triton")
+PACKAGES = ("attn-hooks", "torch", "transformers", "tokenizers", "numpy", "wonderwords", "triton", "pillow", "nltk")
 
 
 def describe_environment() -> dict[str, Any]:

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from attn_eval.image_prompts import ImagePrompts
 from attn_eval.prompting import PromptEncoder
 from attn_eval.recipe import GenerationSettings
 from attn_eval.rows import Row
+from attn_eval.tasks.images import Question
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,9 @@ class Answer:
     Attributes:
         text: the new text, special tokens left out.
         new_tokens: tokens written, the end-of-sequence token included.
+        prompt_tokens: tokens that the model was given, padding left out, those of images included.
+        capped: whether the answer was cut at the limit of new tokens.
+        first_token: log-probability of each choice as the first token, where choices were given.
         prefill_seconds, decode_seconds: this row's even share of its batch's time up to, and after, the first token.
     """
 
@@ -30,6 +35,9 @@ class Answer:
     new_tokens: int
     prefill_seconds: float
     decode_seconds: float
+    prompt_tokens: int = 0
+    capped: bool = False
+    first_token: tuple[float, ...] | None = None
 
 
 class StepClock(StoppingCriteria):
@@ -86,31 +94,109 @@ def generate_answers(
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
 
-    torch.manual_seed(_batch_seed(seed, rows))
+    torch.manual_seed(_batch_seed(seed, [row.id for row in rows]))
+    return _generate(model, tokenizer, {"input_ids": ids, "attention_mask": mask}, settings, rows[0].new_tokens, pad)
+
+
+def answer_questions(
+    model: Any,
+    prompts: ImagePrompts,
+    questions: Sequence[Question],
+    images: Sequence[Any],
+    settings: GenerationSettings,
+    seed: int,
+    choices: Sequence[Sequence[int]] | None = None,
+) -> list[Answer]:
+    """The model's answers to questions about images, in their order.
+
+    Args:
+        model: a vision-language model; edits that are in force on it act.
+        prompts: makes the model's inputs.
+        questions: all with one ``new_tokens``.
+        images: one a question, RGB.
+        settings: greedy or sampled.
+        seed: with the questions' ids it seeds the sampling.
+        choices: token ids that stand for each choice; with them, the answers tell how likely each is as the first
+            token.
+
+    Raises:
+        EvaluationError: the processor refuses a prompt.
+    """
+    inputs = prompts.encode([question.prompt for question in questions], images)
+    moved = {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }
+    torch.manual_seed(_batch_seed(seed, [question.id for question in questions]))
+    pad = prompts.tokenizer.pad_token_id
+    return _generate(model, prompts.tokenizer, moved, settings, questions[0].new_tokens, pad, choices)
+
+
+def plan_questions(questions: Sequence[Question], batch_size: int) -> list[list[Question]]:
+    """Questions in batches of one number of new tokens, images of one size together, the largest first.
+
+    As `plan_batches`, it depends on the questions and the batch size alone.
+    """
+
+    def size(question: Question) -> tuple[int, int, int, int, str]:
+        picture = question.picture
+        width, height = (picture.width, picture.height) if picture else (0, 0)
+        return question.new_tokens, height, width, len(question.prompt), question.id
+
+    batches: list[list[Question]] = []
+    for question in sorted(questions, key=size, reverse=True):
+        if not batches or len(batches[-1]) == batch_size or batches[-1][0].new_tokens != question.new_tokens:
+            batches.append([])
+        batches[-1].append(question)
+    return batches
+
+
+def _generate(
+    model: Any,
+    tokenizer: Any,
+    inputs: dict[str, torch.Tensor],
+    settings: GenerationSettings,
+    new_tokens: int,
+    pad: int,
+    choices: Sequence[Sequence[int]] | None = None,
+) -> list[Answer]:
+    rows, width = inputs["input_ids"].shape
     clock = StepClock(model.device)
     with torch.inference_mode():
-        written = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=_generation_config(model, settings, rows[0].new_tokens, pad),
+        output = model.generate(
+            **inputs,
+            generation_config=_generation_config(model, settings, new_tokens, pad),
             stopping_criteria=StoppingCriteriaList([clock]),
-        )[:, width:]
+            return_dict_in_generate=True,
+            output_logits=choices is not None,
+        )
     end = clock.now()
     first = clock.first or end
 
     stops = _stop_tokens(model)
+    likely = None if choices is None else _log_probabilities(output.logits[0], choices)
     answers = []
-    for tokens in written.tolist():
+    for row, tokens in enumerate(output.sequences[:, width:].tolist()):
         length = next((index + 1 for index, token in enumerate(tokens) if token in stops), len(tokens))
         answers.append(
             Answer(
                 text=tokenizer.decode(tokens[:length], skip_special_tokens=True),
                 new_tokens=length,
-                prefill_seconds=(first - clock.start) / len(rows),
-                decode_seconds=(end - first) / len(rows),
+                prefill_seconds=(first - clock.start) / rows,
+                decode_seconds=(end - first) / rows,
+                prompt_tokens=int(inputs["attention_mask"][row].sum()),
+                capped=length == new_tokens and tokens[length - 1] not in stops,
+                first_token=None if likely is None else tuple(likely[row]),
             )
         )
     return answers
+
+
+def _log_probabilities(logits: torch.Tensor, choices: Sequence[Sequence[int]]) -> list[list[float]]:
+    """The log-probability of each choice, over all tokens that stand for it: ``(rows, choices)``."""
+    logits = logits.float()
+    each = torch.stack([logits[:, list(ids)].logsumexp(-1) for ids in choices], dim=1)
+    return (each - logits.logsumexp(-1, keepdim=True)).tolist()
 
 
 def _generation_config(model: Any, settings: GenerationSettings, new_tokens: int, pad: int) -> GenerationConfig:
@@ -136,6 +222,6 @@ def _stop_tokens(model: Any) -> set[int]:
     return set(stop) if isinstance(stop, list) else {stop}
 
 
-def _batch_seed(seed: int, rows: Sequence[Row]) -> int:
-    digest = hashlib.sha256(f"{seed}/{'/'.join(row.id for row in rows)}".encode()).digest()
+def _batch_seed(seed: int, ids: Sequence[str]) -> int:
+    digest = hashlib.sha256(f"{seed}/{'/'.join(ids)}".encode()).digest()
     return int.from_bytes(digest[:4], "big")

@@ -71,6 +71,34 @@ def load_model(model: str, dtype: str, device: str) -> tuple[Any, Any]:
     return loaded.to(torch_device).eval(), tokenizer
 
 
+def load_vision_model(model: str, dtype: str, device: str) -> tuple[Any, Any]:
+    """A vision-language model in evaluation mode on its device, and its processor.
+
+    Raises:
+        EvaluationError: the weights are not here and can't be fetched, or the model takes no images.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    torch_device = resolve_device(device)
+    source = resolve_model(model)
+    _require_reachable(source)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        if type(config) not in AutoModelForImageTextToText._model_mapping:
+            raise EvaluationError(
+                f"the model {model!r} ({config.model_type}) takes no images, and the recipe has tasks with images"
+            )
+        processor = AutoProcessor.from_pretrained(source)
+        weights = dtype if dtype == "auto" else getattr(torch, dtype)
+        loaded = AutoModelForImageTextToText.from_pretrained(source, dtype=weights)
+    except (OSError, ValueError, ImportError) as error:
+        if isinstance(error, EvaluationError):
+            raise
+        raise EvaluationError(_unloadable(model, error)) from error
+    return loaded.to(torch_device).eval(), processor
+
+
 def model_skeleton(model: str) -> Any:
     """The model with its modules and no trained weights, from its config alone: enough to say what can be edited.
 

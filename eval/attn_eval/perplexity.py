@@ -20,7 +20,7 @@ from pydantic import Field, PositiveInt, model_validator
 from attn_eval.errors import EvaluationError
 from attn_eval.haystack import HELD_OUT, Haystack, get_haystack
 from attn_eval.prompting import PromptEncoder
-from attn_eval.tasks.base import TaskSettings
+from attn_eval.tasks.base import LengthTask
 
 POSITIONS_PER_CHUNK = 1024
 FIRST_BUCKET = 1024
@@ -68,7 +68,7 @@ class WindowScore:
     buckets: dict[str, tuple[float, int]]
 
 
-class PerplexityTask(TaskSettings):
+class PerplexityTask(LengthTask):
     """Windows of a held-out text: anywhere in it without overlap, or one after the other with a stride.
 
     Attributes:
@@ -105,7 +105,7 @@ class PerplexityTask(TaskSettings):
     def haystack_used(self) -> Haystack | None:
         return get_haystack(self.source)
 
-    def items(self, encoder: PromptEncoder, length: int, seed: int) -> list[Any]:
+    def items_of(self, encoder: PromptEncoder, length: int, seed: int) -> list[Any]:
         return self.windows(encoder.tokenizer, length, self.samples, seed)
 
     def windows(self, tokenizer: Any, length: int, samples: int, seed: int) -> list[Window]:

@@ -29,7 +29,9 @@ class GenerationSettings(BaseModel):
         do_sample: False is greedy decoding, RULER's setting.
         temperature, top_p, top_k: for sampling only.
         chat_template: put each prompt into the tokenizer's chat template, the answer prefix behind the opening of
-            the assistant's turn.
+            the assistant's turn. Questions about images always go through the processor's.
+        image_prompt: in place of the processor's chat template, a text with ``{image}``, for the model's image token,
+            and ``{question}``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,6 +41,14 @@ class GenerationSettings(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: PositiveInt | None = None
     chat_template: bool = False
+    image_prompt: str | None = None
+
+    @field_validator("image_prompt")
+    @classmethod
+    def _prompt_has_both_places(cls, prompt: str | None) -> str | None:
+        if prompt is not None and not all(prompt.count(place) == 1 for place in ("{image}", "{question}")):
+            raise ValueError("generation.image_prompt needs {image} and {question}, each once")
+        return prompt
 
     @model_validator(mode="after")
     def _sampling_options_need_sampling(self) -> Self:
@@ -123,7 +133,7 @@ class Recipe(BaseModel):
                 built.append(build_task(entry))
             except ValidationError as error:
                 owner = f"task {entry['task']!r}"
-                raise ValueError(_explain(error, task_class(entry["task"]), owner)) from error
+                raise ValueError(explain_faults(error, task_class(entry["task"]), owner)) from error
         names = [task.name for task in built]
         for name in names:
             if names.count(name) > 1:
@@ -135,7 +145,7 @@ class Recipe(BaseModel):
         tasks = [build_task(entry) for entry in self.tasks]
         if limit is None:
             return tasks
-        return [task.model_copy(update={"samples": min(task.samples, limit)}) for task in tasks]
+        return [task.limited(limit) for task in tasks]
 
     def build_edits(self) -> list[attn_hooks.Edit]:
         """The edits.
@@ -205,17 +215,26 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(loaded)
     except ValidationError as error:
-        raise EvaluationError(f"the recipe {path}: {_explain(error, Recipe)}") from error
+        raise EvaluationError(f"the recipe {path}: {explain_faults(error, Recipe)}") from error
 
 
-def _apply(recipe: dict[str, Any], override: str) -> None:
+def parse_override(override: str) -> tuple[str, Any]:
+    """Key and value of ``key=value``, the value read as YAML.
+
+    Raises:
+        EvaluationError: it is not of that form.
+    """
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise EvaluationError(f"--set {override!r} is not of the form key=value, e.g. --set batch_size=4")
     try:
-        parsed = yaml.safe_load(value)
+        return key, yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise EvaluationError(f"--set {key}: the value {value!r} is no valid YAML: {_one_line(str(error))}") from error
+
+
+def _apply(recipe: dict[str, Any], override: str) -> None:
+    key, parsed = parse_override(override)
     *parents, last = key.split(".")
     first = key.split(".")[0]
     if first not in Recipe.model_fields:
@@ -253,7 +272,7 @@ def _index(entries: list[Any], part: str, key: str) -> int:
     raise EvaluationError(f"--set {key}: no entry {part!r} there; {nearest(part, allowed)}")
 
 
-def _explain(error: ValidationError, model: type[BaseModel], owner: str = "") -> str:
+def explain_faults(error: ValidationError, model: type[BaseModel], owner: str = "") -> str:
     """All the faults that pydantic found, in one line, with the nearest allowed key for an unknown one."""
     faults = []
     for fault in error.errors():

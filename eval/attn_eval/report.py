@@ -15,7 +15,18 @@ from attn_eval.results import BASELINE, EDITED, Metric
 from attn_eval.run_log import RESULTS
 
 TABLE = "table.md"
-COLUMNS = ("task", "length", "metric", "n", BASELINE, EDITED, "difference", "95 % interval", "lost/won", "McNemar p")
+COLUMNS = (
+    "task",
+    "length or part",
+    "metric",
+    "n",
+    BASELINE,
+    EDITED,
+    "difference",
+    "95 % interval",
+    "lost/won",
+    "McNemar p",
+)
 CELLS_WITH_NUMBERS = 200
 
 
@@ -32,19 +43,25 @@ def write_report(results: dict[str, Any], folder: Path) -> list[Path]:
             path = folder / f"heatmap_{name}.png"
             draw_heat_map(task["grid"], results["runs"], f"{results['recipe']['name']}: {name}", path)
             written.append(path)
+        figures = [metric for metric in results["metrics"] if metric["task"] == name and "unit" in metric]
+        if figures:
+            path = folder / f"figures_{name}.png"
+            draw_figures(figures, results["runs"], f"{results['recipe']['name']}: {name}", path)
+            written.append(path)
     return written
 
 
 def cells_of(metric: Metric) -> list[str]:
     """One metric as the texts of a table's row. Scores in percent, everything else in its own unit."""
-    percent = metric["metric"] == "score"
+    percent = metric["metric"] == "score" or metric.get("unit") == "share"
 
     def show(value: float | None, sign: str = "") -> str:
         if value is None:
             return ""
         return f"{100 * value:{sign}.1f}" if percent else f"{value:{sign}.4f}"
 
-    interval = metric.get("interval")
+    interval = metric.get("interval") if metric.get(EDITED) is not None else metric.get(f"{BASELINE}_interval")
+    sign = "+" if metric.get(EDITED) is not None else ""
     flips = f"{metric['right_to_wrong']}/{metric['wrong_to_right']}" if "right_to_wrong" in metric else ""
     return [
         str(metric["task"]),
@@ -54,7 +71,7 @@ def cells_of(metric: Metric) -> list[str]:
         show(metric[BASELINE]),
         show(metric.get(EDITED)),
         show(metric.get("difference"), "+"),
-        f"{show(interval[0], '+')} to {show(interval[1], '+')}" if interval else "",
+        f"{show(interval[0], sign)} to {show(interval[1], sign)}" if interval else "",
         flips,
         f"{metric['mcnemar_p']:.3g}" if "mcnemar_p" in metric else "",
     ]
@@ -88,7 +105,8 @@ def table_markdown(results: dict[str, Any]) -> str:
         "",
         "Scores in percent. Difference: edited less baseline on the same samples, with its paired bootstrap interval; "
         "lost/won: samples that lost, or gained, the full score; p: exact McNemar test on those. "
-        "The average weighs every task alike.",
+        "The average weighs every task alike. "
+        "Figures of images are resampled by image.",
         "",
     ]
     if results["notes"]:
@@ -97,11 +115,11 @@ def table_markdown(results: dict[str, Any]) -> str:
         lines += ["## What the edits did", "", *_report_table(results["edit_reports"]), ""]
     lines += ["## Published figures", "", *_published(recipe["published"]), ""]
     lines += ["## Time", "", *_timing_table(results), "", "## Data", ""]
-    columns = ("task", "version", "samples", "data sha256", "haystack")
+    columns = ("task", "version", "samples", "data sha256", "source")
     rows = []
     for name, task in results["tasks"].items():
         haystack = task["haystack"]
-        text = f"{Path(haystack['name']).name} {haystack['sha256'][:12]}" if haystack else "made up"
+        text = f"{Path(haystack['name']).name} {haystack['sha256'][:12]}" if haystack else task["source"]
         rows.append([name, str(task["version"]), str(task["samples"]), task["data_sha256"][:12], text])
     lines += [*_markdown_table(columns, rows), "", "## Made with", ""]
     environment = results["environment"]
@@ -111,23 +129,52 @@ def table_markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def draw_figures(metrics: Sequence[Metric], runs: Sequence[str], title: str, path: Path) -> None:
+    """A benchmark's shares in percent with their intervals, a panel for each part, one point a run.
+
+    Raises:
+        EvaluationError: matplotlib isn't installed.
+    """
+    figure_class = _figure_class()
+    shown = [metric for metric in metrics if metric["unit"] == "share"]
+    parts = list(dict.fromkeys(metric["length"] for metric in shown))
+    names = list(dict.fromkeys(metric["metric"] for metric in shown))
+    figure = figure_class(figsize=(2.0 + 3.0 * len(parts), 1.4 + 0.4 * len(names)))
+    axes = figure.subplots(1, len(parts), squeeze=False, sharey=True)[0]
+    for axis, part in zip(axes, parts, strict=True):
+        for number, run in enumerate(runs):
+            points = [metric for metric in shown if metric["length"] == part and metric[run] is not None]
+            values = [100 * metric[run] for metric in points]
+            ends = [metric[f"{run}_interval"] or (metric[run], metric[run]) for metric in points]
+            # A percentile interval need not hold the value itself.
+            reach = [[max(0.0, v - 100 * low) for v, (low, _) in zip(values, ends, strict=True)],
+                     [max(0.0, 100 * high - v) for v, (_, high) in zip(values, ends, strict=True)]]  # fmt: skip
+            places = [names.index(metric["metric"]) + 0.3 * (number - (len(runs) - 1) / 2) for metric in points]
+            axis.errorbar(values, places, xerr=reach, fmt="os"[number], capsize=2, markersize=4, label=run)
+        axis.set_title(part)
+        axis.set_xlim(-2, 102)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    axes[-1].legend(fontsize=7)
+    figure.suptitle(f"{title}, percent with 95 % interval", fontsize=10)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
 def draw_heat_map(grid: Sequence[dict[str, Any]], runs: Sequence[str], title: str, path: Path) -> None:
     """Length across, depth down, mean score as colour on one fixed scale; baseline and edited side by side.
 
     Raises:
         EvaluationError: matplotlib isn't installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise EvaluationError("the heat map needs matplotlib: pip install 'attn-hooks[eval]'") from error
+    figure_class = _figure_class()
+    import matplotlib
 
     lengths = sorted({cell["length"] for cell in grid})
     depths = sorted({cell["depth"] for cell in grid})
     by_place = {(cell["depth"], cell["length"]): cell for cell in grid}
     # A Figure of its own draws with Agg, whatever display the caller's pyplot is set to.
-    figure = Figure(figsize=(1.5 + len(runs) * max(3.2, 0.7 * len(lengths)), 1.6 + max(2.4, 0.36 * len(depths))))
+    figure = figure_class(figsize=(1.5 + len(runs) * max(3.2, 0.7 * len(lengths)), 1.6 + max(2.4, 0.36 * len(depths))))
     axes = figure.subplots(1, len(runs), squeeze=False, sharey=True)[0]
     image = None
     for axis, run in zip(axes, runs, strict=True):
@@ -147,6 +194,14 @@ def draw_heat_map(grid: Sequence[dict[str, Any]], runs: Sequence[str], title: st
     figure.suptitle(f"{title}, {samples} sample{'s' if samples > 1 else ''} a cell", fontsize=10)
     figure.colorbar(image, ax=list(axes), label="share found")
     figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def _figure_class() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise EvaluationError("the plots need matplotlib: pip install 'attn-hooks[eval]'") from error
+    return Figure
 
 
 def _call(edit: dict[str, Any]) -> str:

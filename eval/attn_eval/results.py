@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from attn_eval.figures import Metric, Scored, figures_of
 from attn_eval.perplexity import PerplexityTask, Window, WindowScore, summarise
 from attn_eval.rows import Row
 from attn_eval.run_log import Record
 from attn_eval.statistics import compare_paired, interval_of
-from attn_eval.tasks import GenerationTask, TaskSettings
+from attn_eval.tasks import GenerationTask, LengthTask, TaskSettings
+from attn_eval.tasks.images import ImageTask, Question
 from attn_eval.tasks.needle_grid import NeedleGridTask
 
 BASELINE, EDITED = "baseline", "edited"
 ALL_LENGTHS = "all"
 ALL_TASKS = "average"
 
-Metric = dict[str, Any]
 Records = dict[tuple[str, str], Record]
-Items = Sequence[Row | Window]
+Items = Sequence[Row | Window | Question]
 
 
 def metrics_of(task: TaskSettings, items: Items, records: Records, runs: Sequence[str], seed: int) -> list[Metric]:
-    """The figures of one task: at each length and, for answers, over all lengths.
+    """The figures of one task: at each length and, for answers, over all lengths; of a benchmark with images, those
+    of each part (a split, a category), which stands where a length does.
 
     Each is a flat record: task, length, metric, samples, one value a run and, with both runs, the difference, its
     95 % bootstrap interval and, for scores, the flips with McNemar's exact p.
     """
+    if isinstance(task, ImageTask):
+        return figures_of(task, _scored(task, items, records, runs), runs, seed)
+    if not isinstance(task, LengthTask):
+        raise TypeError(f"{type(task).__name__} must derive from LengthTask or ImageTask to be measured")
     metrics = []
     for length in task.lengths:
-        at_length = [item for item in items if item.length_target == length]
+        at_length = [item for item in items if not isinstance(item, Question) and item.length_target == length]
         if isinstance(task, PerplexityTask):
             metrics += _likelihood_metrics(task, length, at_length, records, runs, seed)
         else:
@@ -83,11 +90,20 @@ def timing_of(items: Items, records: Records, runs: Sequence[str]) -> dict[str, 
     return timing
 
 
-def sample_log(label: str, items: Items, records: Records, runs: Sequence[str]) -> list[dict[str, Any]]:
+def sample_log(task: TaskSettings, items: Items, records: Records, runs: Sequence[str]) -> list[dict[str, Any]]:
     """One entry a sample: what was asked for, and what each run made of it."""
     log = []
     for item in items:
-        about: dict[str, Any] = {"id": item.id, "task": item.task, "label": label, "length": item.length_target}
+        about: dict[str, Any] = {"id": item.id, "task": item.task, "label": task.name}
+        if isinstance(item, Question) and isinstance(task, ImageTask):
+            about |= {
+                "image": item.image,
+                "stratum": task.stratum(item),
+                "places": [list(place) for place in item.places],
+            }
+            about |= {"question": item.question, "truth": list(item.truth)}
+        elif not isinstance(item, Question):
+            about["length"] = item.length_target
         if isinstance(item, Row):
             about |= {"length_actual": item.length_actual, "depth": item.depth}
             about |= {"answer_positions": list(item.answer_positions), "outputs": list(item.outputs)}
@@ -96,6 +112,36 @@ def sample_log(label: str, items: Items, records: Records, runs: Sequence[str]) 
             about[run] = {key: value for key, value in record.items() if key not in ("run", "task", "id")}
         log.append(about)
     return log
+
+
+def disagreement_notes(task: ImageTask, run: str, read: Sequence[dict[str, Any]]) -> list[str]:
+    """How many answers of a run other scripts read differently, and which scripts do.
+
+    Args:
+        task: for its name.
+        run: baseline or edited.
+        read: what was read in each answer.
+    """
+    unclear = [entry for entry in read if entry.get("readings")]
+    if not unclear:
+        return []
+    found = Counter(name for entry in unclear for name, said in entry["readings"].items() if said != entry["said"])
+    readers = ", ".join(f"{name} {count}" for name, count in found.most_common())
+    return [f"{task.name}, {run}: {len(unclear)} of {len(read)} answers are read differently by others ({readers})"]
+
+
+def _scored(task: ImageTask, items: Items, records: Records, runs: Sequence[str]) -> list[Scored]:
+    return [
+        Scored(
+            image=item.image,
+            stratum=task.stratum(item),
+            parts=item.parts,
+            scores={run: records[run, item.id]["score"] for run in runs},
+            counts={run: records[run, item.id]["counts"] for run in runs},
+        )
+        for item in items
+        if isinstance(item, Question)
+    ]
 
 
 def _score_metric(

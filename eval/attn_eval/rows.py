@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 from attn_eval.errors import EvaluationError
 
@@ -62,7 +63,13 @@ def data_sha256(lines: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def write_rows(rows: Sequence[Row], path: Path) -> None:
+class Sample(Protocol):
+    """What has a form to hash and to store."""
+
+    def to_json(self) -> str: ...
+
+
+def write_rows(rows: Sequence[Sample], path: Path) -> None:
     """Write rows as JSON lines, so that data made once can be scored, or given to another harness, later."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(row.to_json() + "\n" for row in rows), encoding="utf-8")

@@ -18,8 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import attn_hooks
 from attn_eval.environment import describe_environment
-from attn_eval.generation import generate_answers, plan_batches
-from attn_eval.loading import load_model
+from attn_eval.generation import Answer, answer_questions, generate_answers, plan_batches, plan_questions
+from attn_eval.image_prompts import ImagePrompts
+from attn_eval.loading import load_model, load_vision_model
 from attn_eval.perplexity import PerplexityTask, Window
 from attn_eval.prompting import PromptEncoder
 from attn_eval.recipe import Recipe
@@ -28,7 +29,9 @@ from attn_eval.results import (
     BASELINE,
     EDITED,
     Items,
+    Records,
     average_metric,
+    disagreement_notes,
     grid_of,
     metrics_of,
     sample_log,
@@ -36,9 +39,28 @@ from attn_eval.results import (
 )
 from attn_eval.rows import Row, data_sha256, write_rows
 from attn_eval.run_log import FORMAT_VERSION, Record, RunLog
-from attn_eval.tasks import GenerationTask, TaskSettings
+from attn_eval.tasks import GenerationTask, LengthTask, TaskSettings
+from attn_eval.tasks.images import ImageTask, Question, Reply, decode
+from attn_eval.yes_no import NO, YES
 
 FINGERPRINT_VALUES = 64
+
+
+@dataclass(frozen=True)
+class Asker:
+    """A model and what turns samples into its inputs.
+
+    Attributes:
+        model: as loaded; edits come and go.
+        encoder: for prompts of text.
+        prompts: for questions about images; None for a model of text.
+        recipe: generation, batch size and seed.
+    """
+
+    model: Any
+    encoder: PromptEncoder
+    prompts: ImagePrompts | None
+    recipe: Recipe
 
 
 @dataclass
@@ -82,20 +104,20 @@ def run_recipe(
     console = console or Console(stderr=True)
     edits = recipe.build_edits()
     tasks = recipe.build_tasks(limit)
-    model, tokenizer = load_model(recipe.model, recipe.dtype, recipe.device)
+    asker = _load(recipe, tasks)
+    model = asker.model
     if edits:
         # Raises what wrapping would raise, before any data is made.
         attn_hooks.explain(model, *edits)
-    encoder = PromptEncoder(tokenizer, recipe.generation.chat_template)
-    prepared = _prepare(tasks, encoder, recipe.seed, console)
+    prepared = _prepare(tasks, asker.encoder, recipe.seed, console)
     if save_data:
         for task in prepared:
-            if isinstance(task.settings, GenerationTask):
-                rows = [item for item in task.items if isinstance(item, Row)]
+            rows = [item for item in task.items if isinstance(item, Row | Question)]
+            if rows:
                 write_rows(rows, folder / "data" / f"{task.settings.name}.jsonl")
     log = RunLog(folder, _manifest(recipe, model, prepared, limit))
 
-    notes = _notes(model, tokenizer, tasks)
+    notes = _notes(asker, prepared)
     runs = [BASELINE, EDITED] if edits else [BASELINE]
     started = time.perf_counter()
     resumed = sum(log.has(run, item.id) for run in runs for task in prepared for item in task.items)
@@ -103,7 +125,7 @@ def run_recipe(
         for task in prepared:
             for run in runs:
                 scope = attn_hooks.editing(model, *edits) if run == EDITED else nullcontext(model)
-                _run_task(task, run, scope, model, encoder, recipe, log, progress)
+                _run_task(task, run, scope, asker, log, progress)
     seconds = time.perf_counter() - started
 
     results = _results(recipe, model, edits, prepared, log, runs, notes + _idle_edits(log))
@@ -112,8 +134,41 @@ def run_recipe(
         "samples_of_earlier_calls": resumed,
         "tasks": {task.settings.name: timing_of(task.items, log.records, runs) for task in prepared},
     }
+    for task in prepared:
+        if isinstance(task.settings, ImageTask):
+            for run in runs:
+                write_answers(task.settings, task.items, _of_run(log.records, task.items, run), run, folder)
     write_report(results, folder)
     return results
+
+
+def write_answers(task: ImageTask, items: Sequence[Any], records: dict[str, Record], run: str, folder: Path) -> None:
+    """Write a run's answers under ``answers/TASK/RUN``, in the format that the benchmark's own script reads, and those
+    that are read differently by other scripts into ``disagreements.jsonl`` beside them.
+    """
+    target = folder / "answers" / task.name / run
+    target.mkdir(parents=True, exist_ok=True)
+    answers = [(question, records[question.id]["prediction"]) for question in items]
+    for name, content in task.answer_files(answers).items():
+        (target / name).write_text(content, encoding="utf-8")
+    unclear = [
+        {"id": question.id, "image": question.image, "question": question.question, "gold": question.truth[0]}
+        | {"answer": records[question.id]["prediction"], **records[question.id]["read"]["readings"]}
+        for question in items
+        if records[question.id]["read"].get("readings")
+    ]
+    if any("readings" in records[question.id]["read"] for question in items):
+        lines = "".join(json.dumps(entry) + "\n" for entry in unclear)
+        (target / "disagreements.jsonl").write_text(lines, encoding="utf-8")
+
+
+def _load(recipe: Recipe, tasks: Sequence[TaskSettings]) -> Asker:
+    if not any(isinstance(task, ImageTask) for task in tasks):
+        model, tokenizer = load_model(recipe.model, recipe.dtype, recipe.device)
+        return Asker(model, PromptEncoder(tokenizer, recipe.generation.chat_template), None, recipe)
+    model, processor = load_vision_model(recipe.model, recipe.dtype, recipe.device)
+    prompts = ImagePrompts(processor, recipe.generation.image_prompt)
+    return Asker(model, PromptEncoder(prompts.tokenizer, recipe.generation.chat_template), prompts, recipe)
 
 
 def _prepare(tasks: Sequence[TaskSettings], encoder: PromptEncoder, seed: int, console: Console) -> list[PreparedTask]:
@@ -121,10 +176,7 @@ def _prepare(tasks: Sequence[TaskSettings], encoder: PromptEncoder, seed: int, c
     with console.status("making the data") as status:
         for task in tasks:
             status.update(f"making the data of {task.name}")
-            items: list[Row | Window] = []
-            for length in task.lengths:
-                items += task.items(encoder, length, seed)
-            prepared.append(PreparedTask(task, items))
+            prepared.append(PreparedTask(task, task.items(encoder, seed)))
     return prepared
 
 
@@ -132,9 +184,7 @@ def _run_task(
     task: PreparedTask,
     run: str,
     scope: AbstractContextManager[Any],
-    model: Any,
-    encoder: PromptEncoder,
-    recipe: Recipe,
+    asker: Asker,
     log: RunLog,
     progress: Progress,
 ) -> None:
@@ -148,12 +198,12 @@ def _run_task(
         # An edit that never acted is said in the results, where it can't be missed.
         warnings.simplefilter("ignore", attn_hooks.EditNeverActedWarning)
         with scope:
-            for records in _records(task, run, model, encoder, recipe, log):
+            for records in _records(task, run, asker, log):
                 fresh = sum(not log.has(run, record["id"]) for record in records)
                 log.add(records)
                 progress.advance(bar, fresh)
             if run == EDITED:
-                log.add_report(name, len(missing), attn_hooks.report(model).to_dict())
+                log.add_report(name, len(missing), attn_hooks.report(asker.model).to_dict())
 
 
 def _idle_edits(log: RunLog) -> list[str]:
@@ -170,36 +220,75 @@ def _idle_edits(log: RunLog) -> list[str]:
     ]
 
 
-def _records(
-    task: PreparedTask, run: str, model: Any, encoder: PromptEncoder, recipe: Recipe, log: RunLog
-) -> Iterator[list[Record]]:
+def _records(task: PreparedTask, run: str, asker: Asker, log: RunLog) -> Iterator[list[Record]]:
     settings = task.settings
     if isinstance(settings, PerplexityTask):
         for window in task.items:
             if isinstance(window, Window) and not log.has(run, window.id):
-                yield [_measure_window(settings, run, model, window)]
+                yield [_measure_window(settings, run, asker.model, window)]
     elif isinstance(settings, GenerationTask):
-        rows = [item for item in task.items if isinstance(item, Row)]
-        for batch in plan_batches(rows, recipe.batch_size):
-            if all(log.has(run, row.id) for row in batch):
-                continue
-            answers = generate_answers(model, encoder, batch, recipe.generation, recipe.seed)
-            yield [
-                {
-                    "run": run,
-                    "task": settings.name,
-                    "id": row.id,
-                    "prediction": answer.text,
-                    "score": settings.score(row, answer.text),
-                    "prompt_tokens": row.length_actual - row.new_tokens,
-                    "new_tokens": answer.new_tokens,
-                    "prefill_seconds": answer.prefill_seconds,
-                    "decode_seconds": answer.decode_seconds,
-                }
-                for row, answer in zip(batch, answers, strict=True)
-            ]
+        yield from _row_records(settings, task.items, run, asker, log)
+    elif isinstance(settings, ImageTask):
+        yield from _question_records(settings, task.items, run, asker, log)
     else:
-        raise TypeError(f"{type(settings).__name__} must derive from GenerationTask or PerplexityTask to be run")
+        raise TypeError(
+            f"{type(settings).__name__} must derive from GenerationTask, PerplexityTask or ImageTask to be run"
+        )
+
+
+def _row_records(settings: GenerationTask, items: Items, run: str, asker: Asker, log: RunLog) -> Iterator[list[Record]]:
+    recipe = asker.recipe
+    for batch in plan_batches([item for item in items if isinstance(item, Row)], recipe.batch_size):
+        if all(log.has(run, row.id) for row in batch):
+            continue
+        answers = generate_answers(asker.model, asker.encoder, batch, recipe.generation, recipe.seed)
+        yield [
+            {
+                **_answer_record(run, settings, row.id, answer),
+                "score": settings.score(row, answer.text),
+                "prompt_tokens": row.length_actual - row.new_tokens,
+            }
+            for row, answer in zip(batch, answers, strict=True)
+        ]
+
+
+def _question_records(settings: ImageTask, items: Items, run: str, asker: Asker, log: RunLog) -> Iterator[list[Record]]:
+    recipe = asker.recipe
+    if asker.prompts is None:
+        raise TypeError(f"{settings.name} has images, so its model needs a processor")
+    choices = asker.prompts.first_tokens((YES, NO)) if settings.wants_first_token else None
+    for batch in plan_questions([item for item in items if isinstance(item, Question)], recipe.batch_size):
+        if all(log.has(run, question.id) for question in batch):
+            continue
+        images = [decode(settings.image_bytes(question), question.image) for question in batch]
+        answers = answer_questions(asker.model, asker.prompts, batch, images, recipe.generation, recipe.seed, choices)
+        records = []
+        for question, answer in zip(batch, answers, strict=True):
+            first_token = None if answer.first_token is None else (answer.first_token[0], answer.first_token[1])
+            judged = settings.judge(question, Reply(answer.text, answer.capped, first_token))
+            records.append(
+                {
+                    **_answer_record(run, settings, question.id, answer),
+                    "score": judged.score,
+                    "counts": judged.counts,
+                    "read": judged.read,
+                    "first_token": first_token,
+                    "prompt_tokens": answer.prompt_tokens,
+                }
+            )
+        yield records
+
+
+def _answer_record(run: str, task: TaskSettings, sample: str, answer: Answer) -> Record:
+    return {
+        "run": run,
+        "task": task.name,
+        "id": sample,
+        "prediction": answer.text,
+        "new_tokens": answer.new_tokens,
+        "prefill_seconds": answer.prefill_seconds,
+        "decode_seconds": answer.decode_seconds,
+    }
 
 
 def _measure_window(task: PerplexityTask, run: str, model: Any, window: Window) -> Record:
@@ -240,16 +329,20 @@ def _weights_fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _notes(model: Any, tokenizer: Any, tasks: Sequence[TaskSettings]) -> list[str]:
+def _notes(asker: Asker, prepared: Sequence[PreparedTask]) -> list[str]:
     """What a reader of the results must know beforehand."""
     notes = []
-    longest = max(length for task in tasks for length in task.lengths)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tasks = [task.settings for task in prepared]
+    longest = max((length for task in tasks if isinstance(task, LengthTask) for length in task.lengths), default=0)
+    positions = getattr(asker.model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and longest > positions:
         notes.append(f"lengths go up to {longest}, beyond the {positions} positions that the model's config gives")
-    for task in tasks:
-        if isinstance(task, PerplexityTask) and task.add_bos and tokenizer.bos_token_id is None:
-            notes.append(f"{task.name}: the tokenizer has no BOS token, so windows begin with text")
+    for task in prepared:
+        settings = task.settings
+        if isinstance(settings, PerplexityTask) and settings.add_bos and asker.encoder.tokenizer.bos_token_id is None:
+            notes.append(f"{settings.name}: the tokenizer has no BOS token, so windows begin with text")
+        if isinstance(settings, ImageTask):
+            notes += settings.notes([item for item in task.items if isinstance(item, Question)])
     return notes
 
 
@@ -263,6 +356,13 @@ def _results(
     notes: Sequence[str],
 ) -> dict[str, Any]:
     pairs = [(task.settings, task.items) for task in prepared]
+    for settings, items in pairs:
+        if isinstance(settings, ImageTask):
+            for run in runs:
+                notes = [
+                    *notes,
+                    *disagreement_notes(settings, run, [log.records[run, item.id]["read"] for item in items]),
+                ]
     records, seed = log.records, recipe.seed
     metrics = [metric for task, items in pairs for metric in metrics_of(task, items, records, runs, seed)]
     return {
@@ -284,6 +384,7 @@ def _results(
         "modes": {
             "query_aware": True,
             "chat_template": recipe.generation.chat_template,
+            "image_prompt": recipe.generation.image_prompt,
             "truncation": "none: every prompt is made to fit",
             "padding": "left" if recipe.batch_size > 1 else "none",
         },
@@ -297,6 +398,7 @@ def _results(
                 "parameters": task.settings.model_dump(mode="json"),
                 "data_sha256": task.sha256,
                 "haystack": _haystack(task.settings),
+                "source": _source(task.settings),
                 "samples": len(task.items),
                 "grid": grid_of(task.settings, task.items, records, runs),
             }
@@ -304,13 +406,23 @@ def _results(
         },
         "seeds": {"data": seed, "sampling": seed, "bootstrap": seed},
         "environment": describe_environment(),
-        "samples": [entry for task, items in pairs for entry in sample_log(task.name, items, records, runs)],
+        "samples": [entry for task, items in pairs for entry in sample_log(task, items, records, runs)],
     }
+
+
+def _of_run(records: Records, items: Items, run: str) -> dict[str, Record]:
+    return {item.id: records[run, item.id] for item in items}
 
 
 def _haystack(task: TaskSettings) -> dict[str, str] | None:
     haystack = task.haystack_used()
     return None if haystack is None else {"name": haystack.name, "sha256": haystack.sha256}
+
+
+def _source(task: TaskSettings) -> str:
+    if not isinstance(task, ImageTask):
+        return "made up"
+    return f"data set {task.dataset}" if task.dataset else "published files"
 
 
 def _progress(console: Console) -> Progress:

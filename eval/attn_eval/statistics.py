@@ -79,6 +79,30 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def resampled_sums(
+    counts: np.ndarray, strata: Sequence[str], seed: int, resamples: int = RESAMPLES, chunk: int = 1000
+) -> np.ndarray:
+    """Column sums of bootstrap samples of rows, each drawn within its stratum: ``(resamples, columns)``, float64.
+
+    Args:
+        counts: ``(rows, columns)``.
+        strata: the stratum of each row.
+        seed: of the resampling.
+        resamples: number of bootstrap samples.
+        chunk: how many are held at a time.
+    """
+    generator = np.random.default_rng(seed)
+    sums = np.zeros((resamples, counts.shape[1]))
+    names = np.asarray(strata)
+    for stratum in dict.fromkeys(strata):
+        rows = counts[names == stratum]
+        for first in range(0, resamples, chunk):
+            count = min(chunk, resamples - first)
+            times = generator.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=count)
+            sums[first : first + count] += times @ rows
+    return sums
+
+
 def interval_of(strata: Sequence[Sequence[float]], seed: int) -> tuple[float, float] | None:
     """`bootstrap_interval`, or None where a stratum has fewer than two values."""
     return bootstrap_interval(strata, seed) if min(map(len, strata)) > 1 else None

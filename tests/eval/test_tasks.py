@@ -10,12 +10,12 @@ import pytest
 from attn_eval.errors import EvaluationError
 from attn_eval.prompting import LengthError, PromptEncoder
 from attn_eval.rows import Row, data_sha256, read_rows, write_rows
-from attn_eval.tasks import GenerationTask, build_task, task_names
+from attn_eval.tasks import GenerationTask, build_task, task_class, task_names
 from tests.eval import oracles
 
 LENGTHS = {"common_words": 3000, "variable_tracking": 4096}
 DEFAULT_LENGTH = 2048
-GENERATION_TASKS = [name for name in task_names() if name != "perplexity"]
+GENERATION_TASKS = [name for name in task_names() if issubclass(task_class(name), GenerationTask)]
 WITH_A_TEXT = {"needle_grid", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multivalue", "niah_multiquery"}
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 

@@ -8,9 +8,18 @@ from importlib.metadata import entry_points
 from typing import Any, NamedTuple
 
 from attn_eval.errors import EvaluationError, nearest
-from attn_eval.tasks.base import Draft, GenerationTask, TaskSettings
+from attn_eval.tasks.base import Draft, GenerationTask, LengthTask, TaskSettings
 
-__all__ = ["ENTRY_POINT_GROUP", "Draft", "GenerationTask", "TaskSettings", "build_task", "task_class", "task_names"]
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "Draft",
+    "GenerationTask",
+    "LengthTask",
+    "TaskSettings",
+    "build_task",
+    "task_class",
+    "task_names",
+]
 
 ENTRY_POINT_GROUP = "attn_hooks.tasks"
 
@@ -39,6 +48,8 @@ _PRESETS: dict[str, Preset] = {
     "variable_tracking": Preset("attn_eval.tasks.variable_tracking:VariableTrackingTask", {}),
     "common_words": Preset("attn_eval.tasks.common_words:CommonWordsTask", {}),
     "frequent_words": Preset("attn_eval.tasks.frequent_words:FrequentWordsTask", {}),
+    "pope": Preset("attn_eval.tasks.pope:PopeTask", {}),
+    "chair": Preset("attn_eval.tasks.chair:ChairTask", {}),
     "perplexity": Preset("attn_eval.perplexity:PerplexityTask", {}),
 }
 

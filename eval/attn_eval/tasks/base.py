@@ -1,11 +1,11 @@
-"""What every task is: validated parameters, a generator of rows, and a scorer."""
+"""What every task is: validated parameters and its samples; and tasks of a given length, whose answers are scored."""
 
 from __future__ import annotations
 
 import random
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
@@ -24,8 +24,7 @@ class TaskSettings(BaseModel):
         task: the registry's name, e.g. ``niah_single_1``.
         label: how the task is called in results; the registry's name unless given. Two uses of a task in one
             recipe need two labels.
-        lengths: tokens, each one the whole sequence: prompt, answer prefix and new tokens.
-        samples: questions at each length (and, for a grid, at each depth).
+        samples: how many; of what is the task's to say. None: all that there are.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -33,8 +32,7 @@ class TaskSettings(BaseModel):
     version: ClassVar[int]
     task: str
     label: str = Field(default="", pattern=r"^[A-Za-z0-9_.-]*$")
-    lengths: Lengths
-    samples: PositiveInt = 20
+    samples: PositiveInt | None = None
 
     @property
     def name(self) -> str:
@@ -42,12 +40,35 @@ class TaskSettings(BaseModel):
         return self.label or self.task
 
     @abstractmethod
-    def items(self, encoder: PromptEncoder, length: int, seed: int) -> list[Any]:
-        """All rows (or windows of text) of one length."""
+    def items(self, encoder: PromptEncoder, seed: int) -> list[Any]:
+        """All samples: rows, windows of text or questions about images."""
+
+    def limited(self, limit: int) -> Self:
+        """The task with at most ``limit`` samples; sample i stays the same."""
+        return self.model_copy(update={"samples": min(self.samples or limit, limit)})
 
     def haystack_used(self) -> Haystack | None:
         """The text that the task reads, or None where it makes up its own."""
         return None
+
+
+class LengthTask(TaskSettings):
+    """A task that is asked at lengths of one's choice.
+
+    Attributes:
+        lengths: tokens, each one the whole sequence: prompt, answer prefix and new tokens.
+        samples: questions at each length (and, for a grid, at each depth).
+    """
+
+    lengths: Lengths
+    samples: PositiveInt = 20
+
+    @abstractmethod
+    def items_of(self, encoder: PromptEncoder, length: int, seed: int) -> list[Any]:
+        """All rows (or windows of text) of one length."""
+
+    def items(self, encoder: PromptEncoder, seed: int) -> list[Any]:
+        return [item for length in self.lengths for item in self.items_of(encoder, length, seed)]
 
 
 @dataclass(frozen=True)
@@ -78,7 +99,7 @@ class Draft:
     depth: float | None = None
 
 
-class GenerationTask(TaskSettings):
+class GenerationTask(LengthTask):
     """A task whose answer the model writes.
 
     A subclass draws one question at a given size; this class finds the size that fills the length. Every sample has
@@ -109,7 +130,7 @@ class GenerationTask(TaskSettings):
         """The cells of a grid over the depth; a single None for a task that draws its own places."""
         return (None,)
 
-    def items(self, encoder: PromptEncoder, length: int, seed: int) -> list[Any]:
+    def items_of(self, encoder: PromptEncoder, length: int, seed: int) -> list[Any]:
         return self.generate(encoder.tokenizer, length, self.samples, seed, chat_template=encoder.chat_template)
 
     def generate(

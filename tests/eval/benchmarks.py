@@ -1,0 +1,63 @@
+"""Hand-made benchmarks in the published file formats: small enough to count by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+
+def write_json(path: Path, content: Any) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return str(path)
+
+
+def write_lines(path: Path, records: Iterable[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def draw(folder: Path, names: Sequence[str]) -> str:
+    """One plain picture each, in a colour and a size of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20 + 4 * (number % 2), 20), (40 * number % 256, 90, 200 - 30 * number % 200)).save(path)
+    return str(folder)
+
+
+def pope_files(folder: Path) -> list[str]:
+    """Two images; 2 questions with the answer yes in both splits, one no in both, one no in each alone."""
+    shared = [("1.png", "dog", "yes"), ("2.png", "cat", "yes"), ("1.png", "bus", "no")]
+    alone = {"random": ("2.png", "oven", "no"), "adversarial": ("2.png", "sink", "no")}
+    files = []
+    for split, last in alone.items():
+        records = [
+            {"question_id": number, "image": image, "text": f"Is there a {thing} in the image?", "label": label}
+            for number, (image, thing, label) in enumerate([*shared, last], start=1)
+        ]
+        files.append(str(write_lines(folder / f"coco_pope_{split}.json", records)))
+    return files
+
+
+def chair_files(folder: Path) -> dict[str, str]:
+    """Three images of a dog and a person, a cat, and nothing; a reference caption adds a couch to the second."""
+    images = [{"id": number, "file_name": f"COCO_val2014_{number:012d}.png"} for number in (1, 2, 3)]
+    categories = [{"id": number, "name": name} for number, name in ((1, "person"), (17, "cat"), (18, "dog"))]
+    masks = [{"image_id": image, "category_id": category} for image, category in ((1, 18), (1, 1), (1, 1), (2, 17))]
+    captions = [
+        {"image_id": 1, "caption": "A woman walks her puppy."},
+        {"image_id": 2, "caption": "A cat sleeps on the sofa."},
+        {"image_id": 9, "caption": "A train, of an image without masks."},
+    ]
+    instances = {"images": images, "categories": categories, "annotations": masks}
+    return {
+        "instances": write_json(folder / "instances_val2014.json", instances),
+        "captions": write_json(folder / "captions_val2014.json", {"annotations": captions}),
+    }
