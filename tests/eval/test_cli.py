@@ -26,6 +26,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 import attn_hooks
 from attn_eval import cli
+from tests.eval.benchmarks import pope_files, write_lines
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_help_teaches_and_needs_no_pytorch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for word in ("methods", "info", "run", "compare", "testbed-lm/demo"):
+    for word in ("methods", "info", "run", "compare", "score", "testbed-lm/demo"):
         assert word in done.stdout
 
 
@@ -239,6 +240,24 @@ def test_a_model_folder_without_weights_is_one_line(
     assert "can't be loaded: Error no file named model.safetensors" in error
 
 
+def test_answers_are_scored_without_a_model(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    questions = [word for file in pope_files(tmp_path) for word in ("--questions", file)]
+    right = [
+        write_lines(tmp_path / f"{n}.json", [{"answer": text} for text in ("Yes", "Yes", "No", "No")]) for n in "ab"
+    ]
+    wrong = [write_lines(tmp_path / f"{n}.json", [{"answer": "No"}] * 4) for n in "cd"]
+    answers = [word for file in right for word in ("--answers", file)]
+    edited = [word for file in wrong for word in ("--edited", file)]
+    code, out, error = call(capsys, monkeypatch, "score", "pope", *answers, *edited, *questions, "--json")
+    assert code == 0, error
+    found = {(m["length"], m["metric"]): m for m in json.loads(out)["metrics"]}
+    assert found["random", "accuracy"]["baseline"] == 1.0
+    assert found["random", "accuracy"]["right_to_wrong"] == 2
+    code, out, error = call(capsys, monkeypatch, "score", "pope", *answers, *questions, "--set", "reader=exact")
+    assert code == 0, error
+    assert "adversarial" in out and "100.0" in out
+
+
 MISTAKES: list[tuple[list[str], str]] = [
     (["run", "no-such-recipe"], "no recipe 'no-such-recipe'"),
     (["run", "RECIPE", "-o", "OUT", "--set", "bath_size=2"], "did you mean 'batch_size'"),
@@ -258,6 +277,12 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["rum", "RECIPE"], "attn-hooks --help"),
     (["info", "/no/such/folder"], "no model '/no/such/folder'"),
     (["compare", "OUT", "OUT"], "no results.json"),
+    (["score", "poep", "--answers", "FILE"], "did you mean 'pope'"),
+    (["score", "passkey", "--answers", "FILE"], "are scored by 'run'"),
+    (["score", "pope", "--answers", "FILE"], "the answers FILE can't be read"),
+    (["score", "chair", "--answers", "FILE", "--set", "instanzes=x"], "did you mean 'instances'"),
+    (["score", "chair", "--answers", "FILE", "--set", "words"], "not of the form key=value"),
+    (["score", "pope"], "attn-hooks score --help"),
 ]
 
 
