@@ -58,9 +58,9 @@ WITHOUT_INFLUENCE = {
     "return_dict",
     "use_cache",
 }
-# Measuring the mass that moved takes the host longer than launching a layer: on a GPU the edited layers take turns, one in
-# so many in a forward of several tokens and in a decode step.
-LAYERS_PER_MEASURE, LAYERS_PER_MEASURE_IN_DECODE = 32, 512
+# Measuring the mass that moved takes longer than a decode step of the layer, and on a GPU than launching it: of so many
+# edited layers one is measured, in turns, in a decode step and in a forward of several tokens.
+LAYERS_PER_MEASURE, LAYERS_PER_MEASURE_ON_GPU = {"decode": 64, "prompt": 1}, {"decode": 512, "prompt": 32}
 _sdpa_at_import = functional.scaled_dot_product_attention
 
 
@@ -302,11 +302,10 @@ def _record(
     layer = plan.layer.index
     primitives = prepared.primitives
     moved: list[Tensor | None] = [None] * len(primitives)
-    if phase == "decode":
-        is_measured = (sequence.past + plan.place) % LAYERS_PER_MEASURE_IN_DECODE == 0
-    else:
-        is_measured = (plan.tracker.prompts + plan.place) % LAYERS_PER_MEASURE == 0
-    if result.edited_weights and (is_measured or not inputs.query.is_cuda):
+    turn = plan.place + (sequence.past if phase == "decode" else plan.tracker.prompts)
+    layers = LAYERS_PER_MEASURE_ON_GPU if inputs.query.is_cuda else LAYERS_PER_MEASURE
+    is_measured = turn % layers["decode" if phase == "decode" else "prompt"] == 0
+    if result.edited_weights and is_measured:
         moved = moved_mass(inputs, primitives, result.heads)
     rows = shared.rows(inputs)
     for owner, primitive, mass in zip(prepared.owners, primitives, moved, strict=True):

@@ -385,6 +385,7 @@ def lower(inputs: AttentionInputs, edits: Sequence[Primitive]) -> LoweredEdits:
 
 
 @functools.cache
+@torch.inference_mode(False)
 def _without_edits(device: torch.device) -> LoweredEdits:
     nothing, no_heads = _nothing(device, torch.float32), _nothing(device, torch.int8)
     return LoweredEdits(
