@@ -13,6 +13,7 @@ from attn_hooks.layout import ImageSpan, PatchGrid, TokenKind, TokenLayout
 from attn_hooks.methods.ablate import Ablate
 from attn_hooks.methods.act import ACT
 from attn_hooks.methods.head_affine import HeadAffine
+from attn_hooks.methods.pai import PAI
 from attn_hooks.methods.pasta import PASTA
 from attn_hooks.methods.power import PowerAttention
 from attn_hooks.methods.sink_scale import SinkScale
@@ -28,6 +29,7 @@ from attn_hooks.wrapping import EditNeverActedWarning, editing, edits_in_force, 
 
 __all__ = [
     "ACT",
+    "PAI",
     "PASTA",
     "VAR",
     "Ablate",

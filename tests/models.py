@@ -75,13 +75,14 @@ FAMILIES = {"llama": llama, "mistral": mistral, "gemma2": gemma2, "gpt_oss": gpt
 
 
 def prompts(batch: int = 3, length: int = 14, seed: int = 0, image: bool = False) -> torch.Tensor:
-    """Token ids ``(batch, length)`` that start with BOS; perhaps with three images of a token each."""
+    """Token ids ``(batch, length)`` that start with BOS; perhaps with images of a token each."""
     generator = torch.Generator("cpu").manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (batch, length), generator=generator, device="cpu")
     ids[ids == IMAGE] = 3
     ids[:, 0] = 1
     if image:
         ids[:, 1:6:2] = IMAGE
+        ids[:, 11:12] = IMAGE
     return ids.to(torch.get_default_device())
 
 

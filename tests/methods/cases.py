@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from attn_hooks import ACT, PASTA, VAR, Ablate, Edit, HeadAffine, PowerAttention, SinkScale, Streaming
+from attn_hooks import ACT, PAI, PASTA, VAR, Ablate, Edit, HeadAffine, PowerAttention, SinkScale, Streaming
 from tests.models import SIZES
 
 LAYERS, HEADS, HEAD_DIM = SIZES["num_hidden_layers"], SIZES["num_attention_heads"], SIZES["head_dim"]
@@ -32,6 +32,7 @@ CASES = [
     Case(Ablate(heads=((1, 2), (3, 0))), None),
     Case(ACT(beta=0.1, alpha=1.1), ACT(beta=1.0, alpha=1.1), frozen_on_prompt=True, chunks=False),
     Case(HeadAffine(gain=GAIN, offset=OFFSET), HeadAffine(gain=torch.ones_like(GAIN), offset=torch.zeros_like(OFFSET))),
+    Case(PAI(alpha=0.9), PAI(alpha=0.0), frozen_on_prompt=True, chunks=False),
     Case(
         PASTA(spans=(((1, 3),),), alpha=0.05, prompt_length=PROMPT),
         PASTA(spans=(((1, 3),),), alpha=1.0, prompt_length=PROMPT),

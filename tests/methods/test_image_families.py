@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import attn_hooks
-from attn_hooks import VAR, Edit
+from attn_hooks import PAI, VAR, Edit
 from attn_hooks.methods.var import sink_strength
 from tests.hooks import vlms
 
@@ -43,7 +43,14 @@ def var(p: float) -> Callable[[Any, dict[str, Any]], Edit]:
     return edit
 
 
+def same(edit: Edit) -> Callable[[Any, dict[str, Any]], Edit]:
+    """For every model."""
+    return lambda _model, _inputs: edit
+
+
+LAYERS = (0, 1)
 CASES = {
+    "pai": Case(active=same(PAI(alpha=2.0, layers=LAYERS)), neutral=same(PAI(alpha=0.0, layers=LAYERS))),
     "var": Case(active=var(p=0.0), neutral=var(p=1.0)),
 }
 
