@@ -17,6 +17,7 @@ from attn_hooks.methods.pai import PAI
 from attn_hooks.methods.pasta import PASTA
 from attn_hooks.methods.power import PowerAttention
 from attn_hooks.methods.sink_scale import SinkScale
+from attn_hooks.methods.spin import SPIN
 from attn_hooks.methods.streaming import Streaming
 from attn_hooks.methods.var import VAR
 from attn_hooks.model_info import LayerInfo, ModelInfo, inspect_model, layout_of
@@ -31,6 +32,7 @@ __all__ = [
     "ACT",
     "PAI",
     "PASTA",
+    "SPIN",
     "VAR",
     "Ablate",
     "AttentionCall",

@@ -23,6 +23,7 @@ SHIPPED = {
     "pasta": "attn_hooks.methods.pasta:PASTA",
     "power": "attn_hooks.methods.power:PowerAttention",
     "sink_scale": "attn_hooks.methods.sink_scale:SinkScale",
+    "spin": "attn_hooks.methods.spin:SPIN",
     "streaming": "attn_hooks.methods.streaming:Streaming",
     "var": "attn_hooks.methods.var:VAR",
 }

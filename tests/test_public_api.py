@@ -17,6 +17,7 @@ ATTN_HOOKS = {
     "ACT",
     "PAI",
     "PASTA",
+    "SPIN",
     "VAR",
     "Ablate",
     "AttentionCall",

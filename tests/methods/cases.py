@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from attn_hooks import ACT, PAI, PASTA, VAR, Ablate, Edit, HeadAffine, PowerAttention, SinkScale, Streaming
+from attn_hooks import ACT, PAI, PASTA, SPIN, VAR, Ablate, Edit, HeadAffine, PowerAttention, SinkScale, Streaming
 from tests.models import SIZES
 
 LAYERS, HEADS, HEAD_DIM = SIZES["num_hidden_layers"], SIZES["num_attention_heads"], SIZES["head_dim"]
@@ -39,6 +39,7 @@ CASES = [
     ),
     Case(PowerAttention(block=2, window_blocks=1, sink_blocks=0), PowerAttention(block=64, window_blocks=4)),
     Case(SinkScale(scale=0.05), SinkScale(scale=1.0)),
+    Case(SPIN(r=0.5, eps=0.1), SPIN(r=1.0), frozen_on_prompt=True, chunks=False),
     Case(Streaming(sinks=1, window=3), Streaming(window=4096)),
     Case(
         VAR(p=0.1, rho=0.0, summ=0.05, tau=1.5, dims=(0, 5, 9)),

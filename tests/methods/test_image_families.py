@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import attn_hooks
-from attn_hooks import PAI, VAR, Edit
+from attn_hooks import PAI, SPIN, VAR, Edit
 from attn_hooks.methods.var import sink_strength
 from tests.hooks import vlms
 
@@ -51,6 +51,7 @@ def same(edit: Edit) -> Callable[[Any, dict[str, Any]], Edit]:
 LAYERS = (0, 1)
 CASES = {
     "pai": Case(active=same(PAI(alpha=2.0, layers=LAYERS)), neutral=same(PAI(alpha=0.0, layers=LAYERS))),
+    "spin": Case(active=same(SPIN(r=0.5)), neutral=same(SPIN(eps=1.0))),
     "var": Case(active=var(p=0.0), neutral=var(p=1.0)),
 }
 

@@ -1,0 +1,126 @@
+"""SPIN against a literal reading of its sheet: which heads look at the image, in which rows, and what becomes of the others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+import attn_hooks
+from attn_hooks import SPIN, AttentionCall, AttnHooksError, EditError
+from tests.literal import Literal, literal_attention
+from tests.methods.test_shared import decode
+from tests.models import FAMILIES, IMAGE, left_padded, llama, prompts
+
+PROMPT, MORE, WINDOW = 14, 4, 6
+LENGTHS = (PROMPT, 9, 6)
+IMAGES = [[2, 3, 4, 8, 11], [], [9, 10]]  # key positions with left padding
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """Left-padded prompts with several images, none and one, and four more tokens."""
+    ids, mask = left_padded(LENGTHS)
+    for row, places in enumerate(IMAGES):
+        ids[row, places] = IMAGE
+    return torch.cat([ids, prompts(3, MORE + 1, seed=3)[:, 1:]], 1), torch.cat([mask, torch.ones(3, MORE).long()], 1)
+
+
+def literal_spin(
+    edit: SPIN, images: list[list[int]], last: list[int], silenced: list[tuple[int, ...]], window: int | None = None
+) -> Literal:
+    """``last``: the place of each prompt's last token. ``silenced`` gets the heads of each edited row."""
+    gains: dict[int, Tensor] = {}
+
+    def logits(s: Tensor, layer: int) -> Tensor:
+        number = s.shape[1]
+        gains[layer] = torch.ones(s.shape[:3], dtype=torch.float64)
+        for b, places in enumerate(images):
+            for i in range(last[b], s.shape[2]):
+                seen = [j for j in places if j <= i and (window is None or j > i - window)]
+                if not seen or (edit.layers is not None and layer not in edit.layers):
+                    continue
+                score = [sum(float(s[b, h, i, j]) for j in seen) for h in range(number)]
+                order = sorted(range(number), key=lambda h: -score[h])
+                others = order[max(1, int(edit.r * number)) :]
+                silenced.append(tuple(sorted(others)))
+                gains[layer][b, others, i] = edit.eps
+        return s
+
+    return Literal(logits=logits, output=lambda z, layer: z * gains[layer][..., None])
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("edit", [SPIN(r=0.5, eps=0.1), SPIN(r=0.8, eps=0.0, layers=(1, 4)), SPIN(r=0.1)], ids=str)
+def test_prefill_and_decode_are_the_sheet(edit: SPIN, family: str) -> None:
+    """With softcap and sliding windows, too; another row may silence other heads."""
+    model = FAMILIES[family]()
+    tolerance = {"rtol": 2e-5, "atol": 2e-5} if family == "gemma2" else {"rtol": 1e-9, "atol": 1e-9}
+    ids, mask = batch()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    windows = {layer.index: layer.sliding_window for layer in attn_hooks.inspect_model(model).layers}
+    silenced: list[tuple[int, ...]] = []
+    literals = {w: literal_spin(edit, IMAGES, [PROMPT - 1] * 3, silenced, w) for w in set(windows.values())}
+    literal = Literal(
+        logits=lambda s, layer: literals[windows[layer]].logits(s, layer),
+        output=lambda z, layer: literals[windows[layer]].output(z, layer),
+    )
+    with literal_attention(model, literal):
+        expected = model(ids, attention_mask=mask, position_ids=positions).logits
+    assert len(set(silenced)) > 1
+    real = mask[:, :PROMPT].bool()
+    with attn_hooks.editing(model, edit):
+        prefill = model(ids[:, :PROMPT], attention_mask=mask[:, :PROMPT], position_ids=positions[:, :PROMPT]).logits
+        stepwise = decode(model, ids, PROMPT, DynamicCache(config=model.config), attention_mask=mask)
+    torch.testing.assert_close(prefill[real], expected[:, :PROMPT][real], **tolerance)
+    torch.testing.assert_close(stepwise, expected[:, PROMPT - 1 :], **tolerance)
+
+
+def test_right_padding_moves_the_last_row() -> None:
+    model = llama()
+    ids, mask = (part[:, :PROMPT] for part in batch())
+    shifts = [PROMPT - length for length in LENGTHS]
+    ids = torch.stack([row.roll(-shift) for row, shift in zip(ids, shifts, strict=True)])
+    mask = torch.stack([row.roll(-shift) for row, shift in zip(mask, shifts, strict=True)])
+    images = [[place - shift for place in places] for places, shift in zip(IMAGES, shifts, strict=True)]
+    edit = SPIN(r=0.5)
+    with literal_attention(model, literal_spin(edit, images, [length - 1 for length in LENGTHS], [])):
+        expected = model(ids, attention_mask=mask).logits
+    with attn_hooks.editing(model, edit):
+        edited = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(edited[mask.bool()], expected[mask.bool()], rtol=1e-9, atol=1e-9)
+
+
+def test_a_part_of_the_heads_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a rank of tensor parallelism has it."""
+    calls: list[AttentionCall] = []
+    primitives = SPIN.primitives
+
+    def kept(self: SPIN, call: AttentionCall) -> list[Any]:
+        calls.append(call)
+        return primitives(self, call)
+
+    monkeypatch.setattr(SPIN, "primitives", kept)
+    with attn_hooks.editing(llama(), SPIN()) as model:
+        model(prompts(image=True))
+    with pytest.raises(AttnHooksError, match="compares all 4 heads of a layer, and this rank holds 2"):
+        primitives(SPIN(), replace(calls[0], heads=range(2)))
+
+
+def test_several_new_tokens_and_prompts_without_image_are_refused() -> None:
+    model, ids = attn_hooks.wrap(llama(), "spin"), prompts(image=True)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :8], past_key_values=cache)
+    with pytest.raises(EditError, match="heads are chosen for one row at a time"):
+        model(ids[:, 8:], past_key_values=cache)
+    with pytest.raises(EditError, match="no-image-in-prompt"):
+        model(prompts())
