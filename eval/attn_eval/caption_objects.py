@@ -106,7 +106,7 @@ class ObjectNames:
         pairs = list(itertools.pairwise(words))
         return Mentions(
             objects=tuple(self.class_of[word] for word in words if word in self.class_of and word not in skipped),
-            words=len(words) - sum(word in skipped for word in words),
+            words=len(words),
             distinct_pairs=len(set(pairs)) / len(pairs) if pairs else None,
         )
 
@@ -138,10 +138,10 @@ def object_names(source: str, word_rules: WordRules) -> ObjectNames:
 
 
 def _words_by_rules(text: str, known: frozenset[str]) -> list[str]:
-    return [_singular(token, known) for token in _TOKEN.findall(text)]
+    return [singular(token, known) for token in _TOKEN.findall(text)]
 
 
-def _singular(word: str, known: frozenset[str]) -> str:
+def singular(word: str, known: frozenset[str]) -> str:
     """The known word of which this is a plural; a word that is known already, or has no known singular, stays."""
     if word in known:
         return word

@@ -43,18 +43,16 @@ def figures_of(task: ImageTask, samples: Sequence[Scored], runs: Sequence[str], 
     (second less first) with its interval and, for the mean of scores, the flips and McNemar's exact p.
     """
     images = list(dict.fromkeys((sample.stratum, sample.image) for sample in samples))
-    place = {image: index for index, image in enumerate(images)}
+    tables = [_image_sums(task, samples, run) for run in runs]
     columns = list(
-        dict.fromkeys((part, name) for s in samples for part in s.parts for r in runs for name in s.counts[r])
+        dict.fromkeys((part, name) for table in tables for (_, part), sums in table.items() for name in sums)
     )
-    column = {key: index for index, key in enumerate(columns)}
-    sums = np.zeros((len(runs), len(images), len(columns)))
-    for sample in samples:
-        row = place[sample.stratum, sample.image]
-        for number, run in enumerate(runs):
-            for part in sample.parts:
-                for name, value in sample.counts[run].items():
-                    sums[number, row, column[part, name]] += value
+    sums = np.array(
+        [
+            [[table.get((image, part), {}).get(name, 0.0) for part, name in columns] for image in images]
+            for table in tables
+        ]
+    )
     observed = [task.figures(_totals(columns, table.sum(axis=0)[None])) for table in sums]
     drawn: list[Figures] | None = None
     strata = [stratum for stratum, _ in images]
@@ -62,6 +60,19 @@ def figures_of(task: ImageTask, samples: Sequence[Scored], runs: Sequence[str], 
         resampled = resampled_sums(np.concatenate(sums, axis=1), strata, seed)
         drawn = [task.figures(_totals(columns, part)) for part in np.split(resampled, len(runs), axis=1)]
     return [_metric(task, key, samples, runs, observed, drawn) for key in observed[0]]
+
+
+def _image_sums(
+    task: ImageTask, samples: Sequence[Scored], run: str
+) -> dict[tuple[tuple[str, str], str], dict[str, float]]:
+    """((stratum, image), part) -> sums of the counts of its answers."""
+    sums: dict[tuple[tuple[str, str], str], dict[str, float]] = {}
+    for sample in samples:
+        for part in sample.parts:
+            counts = sums.setdefault(((sample.stratum, sample.image), part), {})
+            for name, value in sample.counts[run].items():
+                counts[name] = counts.get(name, 0.0) + value
+    return {key: counts | task.image_counts(counts) for key, counts in sums.items()}
 
 
 def _metric(

@@ -61,3 +61,69 @@ def chair_files(folder: Path) -> dict[str, str]:
         "instances": write_json(folder / "instances_val2014.json", instances),
         "captions": write_json(folder / "captions_val2014.json", {"annotations": captions}),
     }
+
+
+def mme_folder(folder: Path) -> str:
+    """Two images of existence and one of count, the latter in folders of their own as some categories have them."""
+    for image, thing in (("a", "dog"), ("b", "cat")):
+        lines = f"Is there a {thing} in this image? Please answer yes or no.\tYes\n"
+        lines += "Is there a bus in this image? Please answer yes or no.\tNo\n"
+        draw(folder / "existence", [f"{image}.png"])
+        (folder / "existence" / f"{image}.txt").write_text(lines, encoding="utf-8")
+    draw(folder / "count" / "images", ["c.png"])
+    texts = folder / "count" / "questions_answers_YN"
+    texts.mkdir(parents=True, exist_ok=True)
+    counted = "Are there two cups? Please answer yes or no.\tYes\nAre there three cups? Please answer yes or no.\tNo\n"
+    (texts / "c.txt").write_text(counted, encoding="utf-8")
+    return str(folder)
+
+
+def amber_files(folder: Path) -> dict[str, str]:
+    """Two descriptions, and of the first image a question of each kind."""
+    asked = {
+        3: ("discriminative-hallucination", "no"),
+        4: ("discriminative-attribute-state", "yes"),
+        5: ("discriminative-relation", "yes"),
+        6: ("relation", "no"),
+    }
+    queries = [{"id": n, "image": f"AMBER_{n}.jpg", "query": "Describe this image."} for n in (1, 2)]
+    queries += [{"id": n, "image": "AMBER_1.jpg", "query": f"Is it so, {n}?"} for n in asked]
+    annotations: list[dict[str, Any]] = [
+        {"id": 1, "type": "generative", "truth": ["man", "person", "tree"], "hallu": ["dog", "bench"]},
+        {"id": 2, "type": "generative", "truth": ["sea"], "hallu": ["ship"]},
+        *({"id": n, "type": kind, "truth": truth} for n, (kind, truth) in asked.items()),
+    ]
+    associations = {
+        "person": ["man", "people"],
+        "man": ["person"],
+        "tree": ["forest"],
+        "dog": ["puppy"],
+        "bench": [],
+        "sea": ["water"],
+        "ship": ["boat"],
+    }
+    (folder / "safe_words.txt").parent.mkdir(parents=True, exist_ok=True)
+    (folder / "safe_words.txt").write_text("light\nbench\n", encoding="utf-8")
+    return {
+        "questions": write_json(folder / "query_all.json", queries),
+        "annotations": write_json(folder / "annotations.json", annotations),
+        "associations": write_json(folder / "relation.json", associations),
+        "safe_words": str(folder / "safe_words.txt"),
+    }
+
+
+def mmhal_template(folder: Path) -> str:
+    entries = [
+        {
+            "question_type": "attribute",
+            "question_topic": "animal",
+            "image_id": name,
+            "image_src": f"https://images.example/6/{name}.jpg",
+            "image_content": ["dog"],
+            "question": f"What colour is dog {name}?",
+            "gt_answer": "Brown.",
+            "model_answer": "",
+        }
+        for name in ("aa", "bb")
+    ]
+    return write_json(folder / "response_template.json", entries)

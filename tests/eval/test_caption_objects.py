@@ -51,13 +51,13 @@ def test_the_list_has_the_classes_of_coco() -> None:
 
 
 def test_words_and_distinct_pairs() -> None:
-    # a hot-dog and a hot-dog : the pair counts as one word, and the full stop as one.
+    # A hot dog is one word, and so is the full stop.
     mentions = NAMES.mentions("A hot dog and a hot dog.")
     assert mentions.words == 6
     # (a, hot dog) comes twice among 5 pairs.
     assert mentions.distinct_pairs == pytest.approx(4 / 5)
     assert NAMES.mentions("Dog").distinct_pairs is None
-    assert NAMES.mentions("The seat of the toilet").words == 4
+    assert NAMES.mentions("The seat of the toilet").words == 5
 
 
 def test_a_list_of_ones_own(tmp_path: Path) -> None:

@@ -50,6 +50,9 @@ _PRESETS: dict[str, Preset] = {
     "frequent_words": Preset("attn_eval.tasks.frequent_words:FrequentWordsTask", {}),
     "pope": Preset("attn_eval.tasks.pope:PopeTask", {}),
     "chair": Preset("attn_eval.tasks.chair:ChairTask", {}),
+    "mme": Preset("attn_eval.tasks.mme:MmeTask", {}),
+    "amber": Preset("attn_eval.tasks.amber:AmberTask", {}),
+    "mmhal": Preset("attn_eval.tasks.mmhal:MmhalTask", {}),
     "perplexity": Preset("attn_eval.perplexity:PerplexityTask", {}),
 }
 

@@ -183,6 +183,10 @@ class ImageTask(TaskSettings):
     def answer_files(self, answers: Sequence[tuple[Question, str]]) -> dict[str, str]:
         """File name -> content: the answers in the format that the benchmark's own script reads."""
 
+    def image_counts(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Further counts of an image in a part, from the sums over its questions there."""
+        return {}
+
     def stratum(self, question: Question) -> str:
         """Images are resampled within a stratum, for figures that weigh parts alike."""
         return ""
@@ -372,6 +376,11 @@ def need(value: Any, task: ImageTask, key: str, what: str) -> Any:
 def to_lines(records: Sequence[Mapping[str, Any]]) -> str:
     """JSON lines."""
     return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def to_list(records: Sequence[Mapping[str, Any]]) -> str:
+    """A JSON list, for scripts that read one."""
+    return json.dumps(list(records), indent=1) + "\n"
 
 
 def number_in(name: str) -> int:
