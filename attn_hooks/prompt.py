@@ -1,4 +1,4 @@
-"""What methods ask of a prompt: the keys of its images, and the rows from its last token on."""
+"""What methods ask of a prompt: the keys of its images, the rows of the text behind them, the rows from its last token on."""
 
 from __future__ import annotations
 
@@ -21,6 +21,20 @@ def image_keys(edit: Edit, call: AttentionCall, prompt_length: int | None = None
     if not call.layout.images and call.layout.length >= (prompt_length or 0):
         raise error("no-image-in-prompt", method=edit.method, model=call.model, image_token_id=call.image_token_id)
     return call.key_kinds >= TokenKind.IMAGE
+
+
+def rows_after_images(call: AttentionCall) -> Tensor:
+    """Row scope ``(B, N)``: tokens behind the end of an image and outside of all others."""
+
+    def made() -> Tensor:
+        position = torch.arange(call.layout.length)[-call.inputs.num_queries :]
+        after, inside = torch.zeros(2, call.batch, len(position), dtype=torch.bool)
+        for image in call.layout.images:
+            after[image.sample] |= position >= image.stop
+            inside[image.sample] |= (position >= image.start) & (position < image.stop)
+        return (after & ~inside).to(call.device)
+
+    return call.shared_by_layers(("rows after images",), made)
 
 
 def answering_rows(edit: Edit, call: AttentionCall, prompt_length: int | None) -> Tensor | None:

@@ -34,7 +34,7 @@ from attn_hooks.call import AttentionCall
 from attn_hooks.edit import Edit, Heads, Layers, NonNegative, Reads, Scope, Writes
 from attn_hooks.errors import error
 from attn_hooks.model_info import ModelInfo
-from attn_hooks.prompt import image_keys
+from attn_hooks.prompt import image_keys, rows_after_images
 from attn_kernels import Gate, Primitive, Regroup
 
 
@@ -158,7 +158,7 @@ class VAR(Edit):
         if call.phase == "decode" or self.faithful == "code":
             sinks = sinks & of_image.any(-1, keepdim=True)
         else:
-            rows = self._text_after_image(call) & self._behind_a_sink_of_the_image(call)
+            rows = rows_after_images(call) & self._behind_a_sink_of_the_image(call)
         share = 1 - self.rho if self.faithful == "paper" else self.rho
         gate = Gate(of=image, at_least=self.summ, share=of_image, at_most=share)
         heads = call.select_heads(self.heads)
@@ -174,19 +174,6 @@ class VAR(Edit):
         before = call.layout.length - call.inputs.num_queries
         earlier = call.state.get("sinks", found[:, :0])[:, :before]
         call.state["sinks"] = torch.cat([functional.pad(earlier, (0, before - earlier.shape[1])), found], dim=1)
-
-    def _text_after_image(self, call: AttentionCall) -> Tensor:
-        """Row scope ``(B, N)``: tokens behind the end of an image and outside of all others."""
-
-        def made() -> Tensor:
-            position = torch.arange(call.layout.length)[-call.inputs.num_queries :]
-            after, inside = torch.zeros(2, call.batch, len(position), dtype=torch.bool)
-            for image in call.layout.images:
-                after[image.sample] |= position >= image.stop
-                inside[image.sample] |= (position >= image.start) & (position < image.stop)
-            return (after & ~inside).to(call.device)
-
-        return call.shared_by_layers(("var", "text after image"), made)
 
     def _behind_a_sink_of_the_image(self, call: AttentionCall) -> Tensor:
         """Row scope ``(B, N)``: tokens before which an image has had a sink, in this layer."""

@@ -321,6 +321,50 @@ def find_sinks(
         )
 
 
+@app.command("score-heads")
+def score_heads(
+    model: Annotated[str, typer.Argument(help="A folder or a model id of the hub: a vision-language model.")],
+    prompt: Annotated[str, typer.Option(help="The question about the image.")],
+    image: Annotated[
+        list[Path], typer.Option(help="An image of the prompt; may be given again, in the prompt's order.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--out", help="Where head_scores.json and head_scores.png go.")] = Path(
+        "results/head-scores"
+    ),
+    top: Annotated[int, typer.Option(min=1, help="So many heads in the table; the file has all.")] = 20,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="The file's content in place of the table.")] = False,
+) -> None:
+    """Measure how much each head looks at the image: its weight there, in the prompt's last row and over the text.
+
+    One forward, without attention maps in memory.
+    """
+    from attn_eval.probing import draw_head_scores, scored_heads
+
+    if output.exists() and not output.is_dir():
+        raise EvaluationError(f"the output {output} is a file: give a folder with -o")
+    _silence_loading_bars()
+    measured = scored_heads(model, prompt, image, dtype, device)
+    output.mkdir(parents=True, exist_ok=True)
+    written = json.dumps(measured, indent=2)
+    (output / "head_scores.json").write_text(written + "\n", encoding="utf-8")
+    draw_head_scores(measured, output / "head_scores.png")
+    if as_json:
+        print(written)
+        return
+    console = _out()
+    for name, about in measured["measures"].items():
+        table = Table(title=f"{name}: {about['meaning']}")
+        for column in ("layer", "head", "score"):
+            table.add_column(column, justify="right")
+        for row in about["ranked"][:top]:
+            table.add_row(str(row["layer"]), str(row["head"]), f"{row['score']:.4f}")
+        console.print(table)
+    console.print(f"{measured['image_tokens']} of {measured['tokens']} tokens are the image's")
+    console.print(f"written to {escape(str(output))}: head_scores.json, head_scores.png", soft_wrap=True)
+
+
 def main() -> None:
     """The entry point: runs the command and turns every error of a user's into one line and exit code 2."""
     try:

@@ -1,4 +1,4 @@
-"""Measurements of a model by one forward: which hidden dimensions carry its sinks."""
+"""Measurements of a model by one forward: which hidden dimensions carry its sinks, which heads look at an image."""
 
 from __future__ import annotations
 
@@ -72,3 +72,60 @@ def measured_sinks(
             for about in measured.found
         ],
     }
+
+
+def scored_heads(model: str, prompt: str, images: list[Path], dtype: str, device: str) -> dict[str, Any]:
+    """What ``attn-hooks score-heads`` writes as JSON: each measure by layer and head, and the heads ranked by each."""
+    from attn_hooks.head_scores import MEASURES, score_heads
+
+    loaded, inputs, _ = prompted_model(model, prompt, images, dtype, device)
+    scores = score_heads(loaded, **inputs)
+    return {
+        "model": model,
+        "class": scores.model,
+        "prompt": prompt,
+        "images": [str(path) for path in images],
+        "tokens": scores.tokens,
+        "image_tokens": scores.image_tokens,
+        "layers": list(scores.layers),
+        "measures": {
+            name: {
+                "meaning": meaning,
+                "by_layer": [
+                    [None if score != score else score for score in row] for row in scores.by_measure[name].tolist()
+                ],
+                "ranked": [
+                    {"layer": layer, "head": head, "score": score} for layer, head, score in scores.ranked(name)
+                ],
+            }
+            for name, meaning in MEASURES.items()
+        },
+    }
+
+
+def draw_head_scores(measured: dict[str, Any], path: Path) -> None:
+    """A heat map for each measure, heads across and layers down, side by side.
+
+    Raises:
+        EvaluationError: matplotlib isn't installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise EvaluationError("heat maps need matplotlib: pip install 'attn-hooks[eval]'") from error
+    measures = measured["measures"]
+    rows, columns = len(measured["layers"]), len(next(iter(measures.values()))["by_layer"][0])
+    figure = Figure(figsize=(len(measures) * (1.8 + 0.18 * columns), 1.6 + 0.18 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, about) in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures.items(), strict=True):
+        table = [[float("nan") if score is None else score for score in row] for row in about["by_layer"]]
+        drawn = axes.imshow(table, aspect="auto", cmap="viridis", vmin=0.0)
+        axes.set_xlabel("head")
+        axes.set_ylabel("layer")
+        step = 1 + rows // 20
+        axes.set_yticks(range(0, rows, step), measured["layers"][::step])
+        axes.set_title(name.replace("_", " "), fontsize=10)
+        figure.colorbar(drawn, ax=axes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

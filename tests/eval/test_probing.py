@@ -1,4 +1,4 @@
-"""attn-hooks find-sinks: the table, the JSON, and one line for what cannot be measured."""
+"""attn-hooks find-sinks and score-heads: the tables, the files, and one line for what cannot be measured."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from tests.eval.test_cli import call
+from tests.eval.test_cli import call, llava_next_folder
+
+__all__ = ["llava_next_folder"]
 
 
 @pytest.fixture
@@ -55,3 +57,42 @@ def test_what_cannot_be_measured_is_one_line(model_folder: Path, tmp_path: Path,
         assert (code, out) == (2, ""), arguments
         assert words in error
         assert error.count("\n") == 1
+
+
+def test_score_heads_writes_what_it_prints(llava_next_folder: Path, capsys: Any, monkeypatch: Any) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(llava_next_folder))
+    model.save_pretrained(llava_next_folder)
+    results = llava_next_folder / "results"
+    arguments = (
+        "score-heads",
+        llava_next_folder,
+        "--prompt",
+        "<bos>See <image> there.",
+        "--device",
+        "cpu",
+        "-o",
+        results,
+    )
+    picture = llava_next_folder / "picture.png"
+    code, out, error = call(capsys, monkeypatch, *arguments, "--image", picture, "--json")
+    assert code == 0, error
+    described = json.loads(out)
+    assert described == json.loads((results / "head_scores.json").read_text(encoding="utf-8"))
+    assert (results / "head_scores.png").read_bytes().startswith(b"\x89PNG")
+    for measure in described["measures"].values():
+        scores = {(r["layer"], r["head"]): r["score"] for r in measure["ranked"]}
+        assert scores == {(x, y): s for x, row in enumerate(measure["by_layer"]) for y, s in enumerate(row)}
+        assert all(0 < score < 1 for score in scores.values())
+    assert described["image_tokens"] == 52
+    code, out, _ = call(capsys, monkeypatch, *arguments, "--image", picture, "--top", "1")
+    assert code == 0
+    best = described["measures"]["image_mass"]["ranked"][0]
+    assert f"{best['score']:.4f}" in out
+    assert "52 of " in out
+    code, out, error = call(capsys, monkeypatch, *arguments, "--image", llava_next_folder / "none.png")
+    assert (code, out) == (2, "")
+    assert "no image can be read" in error
+    code, out, error = call(capsys, monkeypatch, *arguments[:-1], picture, "--image", picture)
+    assert (code, out) == (2, "")
+    assert "is a file" in error
