@@ -1,4 +1,4 @@
-"""Long-context tasks, perplexity, and a runner that measures what an edit of attention does.
+"""Long-context tasks, perplexity, hallucination benchmarks, and a runner that measures what an edit of attention does.
 
 The names below are loaded when they are first used: the tasks and their texts need no PyTorch.
 """
@@ -15,9 +15,11 @@ _PLACES = {
     "build_task": "attn_eval.tasks",
     "compare_results": "attn_eval.comparison",
     "get_haystack": "attn_eval.haystack",
+    "image_task": "attn_eval.answers",
     "load_recipe": "attn_eval.recipe",
     "load_results": "attn_eval.run_log",
     "run_recipe": "attn_eval.runner",
+    "score_answers": "attn_eval.answers",
     "task_names": "attn_eval.tasks",
 }
 

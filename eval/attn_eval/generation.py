@@ -165,10 +165,8 @@ def _generate(
     with torch.inference_mode():
         output = model.generate(
             **inputs,
-            generation_config=_generation_config(model, settings, new_tokens, pad),
+            generation_config=_generation_config(model, settings, new_tokens, pad, logits=choices is not None),
             stopping_criteria=StoppingCriteriaList([clock]),
-            return_dict_in_generate=True,
-            output_logits=choices is not None,
         )
     end = clock.now()
     first = clock.first or end
@@ -199,7 +197,9 @@ def _log_probabilities(logits: torch.Tensor, choices: Sequence[Sequence[int]]) -
     return (each - logits.logsumexp(-1, keepdim=True)).tolist()
 
 
-def _generation_config(model: Any, settings: GenerationSettings, new_tokens: int, pad: int) -> GenerationConfig:
+def _generation_config(
+    model: Any, settings: GenerationSettings, new_tokens: int, pad: int, *, logits: bool
+) -> GenerationConfig:
     """The model's own stop tokens and nothing else of its defaults: its temperature must not colour a greedy run."""
     sampling = {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k")}
     # transformers fills what is None from the model's defaults; these values are the ones without effect.
@@ -211,6 +211,8 @@ def _generation_config(model: Any, settings: GenerationSettings, new_tokens: int
         max_new_tokens=new_tokens,
         eos_token_id=sorted(_stop_tokens(model)) or None,
         pad_token_id=pad,
+        return_dict_in_generate=True,
+        output_logits=logits,
         **{name: neutral[name] if value is None else value for name, value in sampling.items()},
     )
 

@@ -18,9 +18,11 @@ def test_public_names_are_the_ones_meant() -> None:
         "build_task",
         "compare_results",
         "get_haystack",
+        "image_task",
         "load_recipe",
         "load_results",
         "run_recipe",
+        "score_answers",
         "task_names",
     ]
     assert all(getattr(attn_eval, name).__module__.startswith("attn_eval") for name in attn_eval.__all__)
