@@ -126,6 +126,7 @@ def answer_questions(
     moved = {
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
+        if isinstance(value, torch.Tensor)
     }
     torch.manual_seed(_batch_seed(seed, [question.id for question in questions]))
     pad = prompts.tokenizer.pad_token_id

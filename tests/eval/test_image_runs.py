@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from transformers import Idefics3Processor
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 import attn_hooks
 from attn_eval import runner
@@ -25,6 +27,8 @@ from attn_eval.run_log import load_results
 from attn_eval.runner import run_recipe
 from attn_eval.tasks.images import Picture, Question
 from tests.eval.benchmarks import chair_files, draw, pope_files
+from tests.hooks.test_vision_layout import byte_tokenizer
+from tests.hooks.vlms import CASES
 
 QUIET = Console(quiet=True)
 
@@ -185,6 +189,27 @@ def test_batches_do_not_change_greedy_answers(vision: tuple[Any, ImagePrompts]) 
         assert (answer.text, answer.prompt_tokens) == (alone.text, alone.prompt_tokens)
         assert answer.first_token == pytest.approx(alone.first_token, abs=1e-4)
     assert len({answer.text for answer in together}) > 1
+
+
+def test_images_in_crops_of_different_number_make_one_batch() -> None:
+    """Idefics3, whose processor wants images prompt by prompt and pads their crops."""
+    tokenizer = byte_tokenizer(
+        *("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"),
+        *(f"<row_{row + 1}_col_{column + 1}>" for row in range(6) for column in range(6)),
+    )
+    resize = {"size": {"longest_edge": 48}, "max_image_size": {"longest_edge": 16}}
+    processor = Idefics3Processor(Idefics3ImageProcessorPil(**resize), tokenizer, image_seq_len=4)
+    config = CASES["idefics3"].config | {"image_token_id": tokenizer.convert_tokens_to_ids("<image>")}
+    config["text_config"] = config["text_config"] | {"vocab_size": len(tokenizer)}
+    model = replace(CASES["idefics3"], config=config).model()
+    prompts = ImagePrompts(processor, "{image} {question}")
+    questions, _ = questions_of(2)
+    images = [Image.new("RGB", (48, 20), "teal"), Image.new("RGB", (48, 48), "olive")]
+    together = answer_questions(model, prompts, questions, images, GenerationSettings(), 0)
+    for question, image, answer in zip(questions, images, together, strict=True):
+        (alone,) = answer_questions(model, prompts, [question], [image], GenerationSettings(), 0)
+        assert (answer.text, answer.prompt_tokens) == (alone.text, alone.prompt_tokens)
+    assert together[0].prompt_tokens != together[1].prompt_tokens
 
 
 def test_the_first_token_s_log_probabilities_are_the_models(vision: tuple[Any, ImagePrompts]) -> None:
