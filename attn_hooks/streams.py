@@ -1,0 +1,427 @@
+"""A second stream beside the main one: the same model on a changed prompt, and next-token logits made of both.
+
+A method (``StreamEdit``) says what the second stream's prompt is and how the logits combine. The second stream has a cache of its
+own and runs when its logits are needed: a step in which one token alone passes the method's cutoff is certain without it, and
+its tokens wait until a later step asks (the exact skip of AGLA's sheet). It follows beams with the main cache.
+
+Everything happens in hooks around the model's own forward, so ``generate`` with any strategy, streaming, chats of several
+turns and plain forward loops get the same logits.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+
+from attn_hooks.edit import Edit
+from attn_hooks.errors import error
+from attn_hooks.layout import TokenKind, TokenLayout
+from attn_hooks.model_info import ModelInfo
+from attn_hooks.recorder import Recorder
+from attn_hooks.sequence import SequenceTracker, is_captured
+
+STREAMS_ATTRIBUTE = "attn_hooks_streams"
+# Of a forward's arguments, those with an entry for each new token, in the last dimension.
+OF_EACH_TOKEN = ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids", "cache_position")
+# Tokens that open and close an image in some families, by the names in their configs: they go with it.
+MARKS_OF_IMAGE = (
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "boi_token_id",
+    "eoi_token_id",
+    "boi_token_index",
+    "eoi_token_index",
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a second stream is made of. ``given``: the arguments of the model's forward; ``embeddings`` ``(B, N, E)``: its
+    tokens and images as the decoder got them; ``tokens`` ``(B, N)``, ``layout`` what each of them is."""
+
+    given: Mapping[str, Any]
+    embeddings: Tensor
+    tokens: Tensor | None
+    layout: TokenLayout
+    model: ModelInfo
+
+    @property
+    def image(self) -> Tensor:
+        """Bool ``(B, N)``: the tokens of all images."""
+        return (self.layout.kinds >= TokenKind.IMAGE).to(self.embeddings.device)
+
+    @property
+    def image_and_marks(self) -> Tensor:
+        """Bool ``(B, N)``: the images and the tokens that open and close them."""
+        image = self.image
+        if self.tokens is None or self.model.vision is None:
+            return image
+        marks = [getattr(self.model.vision.config, name, None) for name in MARKS_OF_IMAGE]
+        known = torch.tensor([mark for mark in marks if mark is not None], device=image.device, dtype=torch.long)
+        return image | torch.isin(self.tokens.to(image.device), known)
+
+
+@dataclass(frozen=True)
+class SecondStream:
+    """The prompt of a second stream: the main one's with other ``arguments``, or only the tokens ``keep`` ``(B, N)`` of it."""
+
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    keep: Tensor | None = None
+
+
+class StreamEdit(Edit):
+    """Base of the methods that look at a second stream."""
+
+    # Whether the other edits in force act in the second stream, too.
+    edits_second_stream: ClassVar[bool] = True
+    # Whether it changes pixels, which the model's forward must then be given.
+    changes_pixels: ClassVar[bool] = False
+
+    @property
+    def has_stream(self) -> bool:
+        """Whether these parameters need a second stream at all."""
+        return True
+
+    @property
+    def cutoff(self) -> float:
+        """Tokens less likely than this share of the likeliest are out, 0 for none."""
+        raise NotImplementedError
+
+    def second_stream(self, prompt: Prompt) -> SecondStream:
+        """Its prompt. Asked once for each prompt with an image."""
+        raise NotImplementedError
+
+    def combine(self, logits: Tensor, second: Tensor) -> Tensor:
+        """Logits from those of both streams, ``(B, n, vocabulary)`` float32, before the cutoff."""
+        raise NotImplementedError
+
+    def layers_in(self, model: ModelInfo) -> tuple[int, ...]:
+        return ()
+
+    def check(self, model: ModelInfo) -> None:
+        if self.layers_in(model):
+            super().check(model)
+        model.require_image_keys(self.method)
+        if self.has_stream and model.embeds_outside:
+            raise error("stream-outside", method=self.method, model=model.model_class)
+
+
+class TextGuidance(StreamEdit):
+    """Guidance against the same text without its image, as PAI and others that build on it have it.
+
+    With the log-probabilities p of the prompt and p0 of its text alone, on the model without edits: gamma (p - p0) + p0 for
+    tokens with p >= max p + log(beta), minus infinity for all others. The text is the prompt without the image's tokens and
+    those that open and close it. The identity is gamma 1, which needs no second stream and has no cutoff.
+    """
+
+    edits_second_stream: ClassVar[bool] = False
+
+    gamma: float = Field(default=1.1, ge=0.0, description="guidance against the text without its image; 1: none")
+    beta: float = Field(
+        default=0.1, ge=0.0, le=1.0, description="of the guidance: cutoff, as a share of the likeliest token"
+    )
+
+    @property
+    def has_stream(self) -> bool:
+        return self.gamma != 1.0
+
+    @property
+    def cutoff(self) -> float:
+        return self.beta
+
+    def second_stream(self, prompt: Prompt) -> SecondStream:
+        return SecondStream(keep=~prompt.image_and_marks)
+
+    def combine(self, logits: Tensor, second: Tensor) -> Tensor:
+        log_p, log_p0 = logits.log_softmax(-1), second.log_softmax(-1)
+        return self.gamma * (log_p - log_p0) + log_p0
+
+
+@dataclass
+class _State:
+    """The second stream of one batch. ``waiting``: arguments of the main stream's steps that it has not taken yet."""
+
+    arguments: dict[str, Any]  # of the forward over its prompt
+    same_tokens: bool
+    has_image: Tensor  # (B,) bool
+    prompt_mask: Tensor | None  # (B, tokens of its own prompt)
+    prompt_length: int  # of the main stream
+    positions_dims: int  # of the main stream's position_ids
+    cache: DynamicCache | None = None
+    waiting: list[dict[str, Any]] = field(default_factory=list)
+    text_from: int = 0  # positions of the main prompt from here on are in both streams, with the same text
+
+    def select_rows(self, rows: Tensor) -> None:
+        """As beams go on from others of their sample, which share its prompt."""
+        if self.cache is not None:
+            self.cache.reorder_cache(rows)
+        self.waiting = [
+            {
+                name: value.index_select(-2, rows) if name in OF_EACH_TOKEN and value.ndim > 1 else value
+                for name, value in step.items()
+            }
+            for step in self.waiting
+        ]
+
+
+@dataclass(frozen=True)
+class _Following:
+    """In place of a main cache's own method, which it calls: the second stream does as the main one."""
+
+    original: Callable[..., Any]
+    state: _State
+
+    def __call__(self, rows: Tensor) -> Any:
+        result = self.original(rows)
+        self.state.select_rows(rows)
+        return result
+
+
+@dataclass(frozen=True)
+class _Refusing:
+    """In place of a main cache's method that the second stream cannot follow."""
+
+    name: str
+    method: str
+    model: str
+
+    def __call__(self, *_given: Any, **_named: Any) -> Any:
+        raise error("stream-cache", method=self.method, model=self.model, name=self.name)
+
+
+@dataclass(frozen=True)
+class PixelsToForward:
+    """In place of a model's ``_supports_mm_encoder_outputs``: generate() would otherwise encode images before the forward, which
+    then gets features and no pixels."""
+
+    def __call__(self) -> bool:
+        return False
+
+
+class _InFlight(threading.local):
+    given: dict[str, Any] | None = None
+    embeddings: Tensor | None = None
+    past: int = 0
+    is_second: bool = False
+
+
+class StreamRunner:
+    """Runs the second stream of the one edit that has one, in hooks of the model and of its decoder."""
+
+    def __init__(
+        self, edit: StreamEdit, place: int, model: ModelInfo, tracker: SequenceTracker, recorder: Recorder
+    ) -> None:
+        self.edit, self.place, self.model, self.tracker, self.recorder = edit, place, model, tracker, recorder
+        self.in_flight = _InFlight()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"in_flight": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, in_flight=_InFlight())
+
+    @torch.compiler.disable(reason="attn_hooks runs a second stream on the host")
+    def before_forward(self, outer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the whole model."""
+        if self.in_flight.is_second:
+            return
+        names = list(inspect.signature(outer.forward).parameters)
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if given.get("labels") is not None:
+            raise error("stream-training", method=self.edit.method, model=self.model.model_class)
+        cache = given.get("past_key_values")
+        self.in_flight.given, self.in_flight.embeddings = given, None
+        self.in_flight.past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+
+    def before_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the decoder: a prompt's tokens and images, embedded."""
+        if self.in_flight.is_second or self.in_flight.past:
+            return
+        names = list(inspect.signature(decoder.forward).parameters)
+        self.in_flight.embeddings = (dict(zip(names, args, strict=False)) | kwargs).get("inputs_embeds")
+
+    @torch.compiler.disable(reason="attn_hooks runs a second stream on the host")
+    def after_forward(self, outer: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook of the whole model: the logits of both streams."""
+        if self.in_flight.is_second or self.in_flight.given is None:
+            return None
+        given, self.in_flight.given = self.in_flight.given, None
+        logits = output.logits if hasattr(output, "logits") else output[0]
+        if is_captured(logits):
+            raise error("stream-captured", method=self.edit.method, model=self.model.model_class)
+        cache = getattr(output, "past_key_values", None) or given.get("past_key_values")
+        cache = cache if isinstance(cache, Cache) else None
+        if self.in_flight.past == 0:
+            state = self._begin(outer, given)
+            self._keep(cache, state)
+        else:
+            state = getattr(cache, STREAMS_ATTRIBUTE, {}).get(self.tracker.key)
+            if state is None and self.tracker.key not in getattr(cache, STREAMS_ATTRIBUTE, {}):
+                raise error("stream-no-prompt", method=self.edit.method, model=self.model.model_class)
+            if state is not None:
+                state.waiting.append(given)
+        self.in_flight.embeddings = None
+        if state is None:
+            return None
+        combined = self._combined(outer, state, logits)
+        if hasattr(output, "logits"):
+            output.logits = combined
+            return output
+        return (combined, *output[1:])
+
+    def _begin(self, outer: Any, given: dict[str, Any]) -> _State | None:
+        """The second stream of a prompt; None if it has no image."""
+        sequence, embeddings = self.tracker.in_flight.current, self.in_flight.embeddings
+        if sequence is None or not sequence.layout.images:
+            return None
+        if embeddings is None:
+            embeddings = outer.get_input_embeddings()(given["input_ids"])
+        tokens = given.get("input_ids")
+        if self.edit.changes_pixels and _is_repeated(tokens) and any(span.image for span in sequence.layout.images):
+            raise error("stream-beams", method=self.edit.method, model=self.model.model_class)
+        prompt = Prompt(given, embeddings, tokens, sequence.layout, self.model)
+        second = self.edit.second_stream(prompt)
+        positions = given.get("position_ids")
+        after_image = torch.where(
+            prompt.image.any(0), torch.arange(prompt.image.shape[1], device=embeddings.device) + 1, 0
+        )
+        state = _State(
+            arguments={},
+            same_tokens=second.keep is None,
+            has_image=prompt.image.any(1),
+            prompt_mask=None,
+            prompt_length=embeddings.shape[1],
+            positions_dims=positions.ndim if isinstance(positions, Tensor) else 2,
+            text_from=int(after_image.max()),
+        )
+        unchanged = {name: value for name, value in given.items() if name not in ("past_key_values", "logits_to_keep")}
+        if second.keep is None:
+            return replace(state, arguments={**unchanged, **second.arguments})
+        mask = _two_dimensional(given.get("attention_mask"))
+        keep = second.keep if mask is None else second.keep & mask.bool()
+        # To the right, in order; what is left out becomes padding on the left.
+        order = torch.sort(keep.to(torch.uint8), dim=1, stable=True).indices[:, -int(keep.sum(1).max()) :]
+        own_mask = keep.gather(1, order).long()
+        kept = embeddings.gather(1, order[..., None].expand(-1, -1, embeddings.shape[-1]))
+        arguments = {
+            "inputs_embeds": kept,
+            "attention_mask": own_mask,
+            "position_ids": _positions(own_mask, 0, state.positions_dims),
+            "use_cache": True,
+        }
+        return replace(state, arguments=arguments, prompt_mask=own_mask)
+
+    def _keep(self, cache: Cache | None, state: _State | None) -> None:
+        """On the main cache, whose changes of rows the second stream has to follow."""
+        if cache is None:
+            return
+        streams = getattr(cache, STREAMS_ATTRIBUTE, None)
+        if streams is None:
+            streams = {}
+            setattr(cache, STREAMS_ATTRIBUTE, streams)
+        streams[self.tracker.key] = state
+        if state is None:
+            return
+        method, model = self.edit.method, self.model.model_class
+        cache.reorder_cache = _Following(type(cache).reorder_cache.__get__(cache), state)
+        for name in ("crop", "batch_repeat_interleave", "batch_select_indices"):
+            if hasattr(type(cache), name):
+                setattr(cache, name, _Refusing(name, method, model))
+
+    def _combined(self, outer: nn.Module, state: _State, logits: Tensor) -> Tensor:
+        main, cutoff = logits.float(), self.edit.cutoff
+        record = self.recorder.records[self.place]
+        record.calls["decode" if state.waiting else "prefill"] += 1
+        steps = logits.shape[1]
+        if not state.waiting and not state.same_tokens:
+            # Of a prompt, the text after the last image stands in both.
+            steps = min(steps, state.prompt_length - state.text_from)
+        plausible = main >= main.amax(-1, keepdim=True) + (math.log(cutoff) if cutoff > 0 else -math.inf)
+        has_image = state.has_image.to(main.device)[:, None, None]
+        considered = plausible | ~has_image
+        record.steps += 1
+        if steps == 1 and bool((plausible[:, -1].sum(-1, keepdim=True) == 1).logical_or(~has_image[:, 0]).all()):
+            record.skipped += 1
+            combined = main
+        else:
+            second = self._advance(outer, state, steps).to(main)
+            combined = main.clone()
+            combined[:, -steps:] = torch.where(has_image, self.edit.combine(main[:, -steps:], second), main[:, -steps:])
+        out = torch.finfo(logits.dtype).min if logits.dtype == torch.float16 else -math.inf
+        result = combined.masked_fill(~considered, out)
+        result[:, : result.shape[1] - steps] = main[:, : result.shape[1] - steps]
+        return result.to(logits.dtype)
+
+    def _advance(self, outer: nn.Module, state: _State, steps: int) -> Tensor:
+        """Logits ``(B, steps, vocabulary)`` of the second stream, which takes all that waits."""
+        logits = None
+        if state.cache is None:
+            state.cache = DynamicCache(config=self.model.text_config)
+            wanted = 1 if state.waiting else steps
+            logits = self._run(outer, {**state.arguments, "past_key_values": state.cache}, wanted)
+            state.arguments = {}
+        if state.waiting:
+            logits = self._run(outer, {**self._waiting(state), "past_key_values": state.cache}, steps)
+            state.waiting = []
+        assert logits is not None
+        return logits[:, -steps:]
+
+    def _waiting(self, state: _State) -> dict[str, Any]:
+        """The arguments of one forward over all tokens that wait."""
+        newest, steps = state.waiting[-1], state.waiting
+        joined = {
+            name: torch.cat([step[name] for step in steps], dim=-1)
+            for name in OF_EACH_TOKEN
+            if isinstance(newest.get(name), Tensor)
+        }
+        if state.same_tokens:
+            return {name: value for name, value in newest.items() if name != "logits_to_keep"} | joined
+        tokens = joined["input_ids"]
+        assert state.cache is not None and state.prompt_mask is not None
+        mask = _two_dimensional(newest.get("attention_mask"))
+        since = state.cache.get_seq_length() - state.prompt_mask.shape[1] + tokens.shape[1]
+        generated = (
+            state.prompt_mask.new_ones(tokens.shape[0], since) if mask is None else mask[:, state.prompt_length :]
+        )
+        mask = torch.cat([state.prompt_mask, generated.to(state.prompt_mask)], dim=1)
+        positions = _positions(mask, mask.shape[1] - tokens.shape[1], state.positions_dims)
+        return {"input_ids": tokens, "attention_mask": mask, "position_ids": positions, "use_cache": True}
+
+    def _run(self, outer: nn.Module, arguments: dict[str, Any], steps: int) -> Tensor:
+        """Logits of the model without this hook, and without other edits if the method says so."""
+        if "logits_to_keep" in inspect.signature(outer.forward).parameters:
+            arguments["logits_to_keep"] = steps
+        # The main stream's sequence is the one that whoever asks later means.
+        current, flight = self.tracker.in_flight.current, self.tracker.in_flight
+        self.in_flight.is_second, flight.without_edits = True, not self.edit.edits_second_stream
+        try:
+            output = outer(**{**arguments, "use_cache": True, "return_dict": True})
+        finally:
+            self.in_flight.is_second, flight.without_edits = False, False
+            flight.current = current
+        found: Tensor = output.logits
+        return found
+
+
+def _is_repeated(tokens: Tensor | None) -> bool:
+    """Whether two neighbours are the same prompt, as generate() repeats it for beams."""
+    return tokens is not None and len(tokens) > 1 and bool((tokens[1:] == tokens[:-1]).all(1).any())
+
+
+def _two_dimensional(mask: Any) -> Tensor | None:
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _positions(mask: Tensor, first: int, dims: int) -> Tensor:
+    """Positions of the tokens from place ``first`` on, counted over real ones; for multimodal RoPE three times the same."""
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, first:]
+    return positions if dims == 2 else positions[None].expand(3, -1, -1)

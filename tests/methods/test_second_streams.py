@@ -1,0 +1,243 @@
+"""Methods with a second stream, held to two independent models that run without a cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attn_hooks
+from attn_hooks import PAI
+from attn_hooks.errors import AttnHooksError
+from attn_hooks.methods.vcd import VCD, signal_kept
+from attn_hooks.streams import MARKS_OF_IMAGE
+from tests.hooks import vlms
+
+# A prefix LM is not edited, cross attention and embedding outside the forward are refused.
+FAMILIES = sorted(set(vlms.CASES) - {"paligemma", "blip-2", "instructblip"})
+NEW = 5
+
+
+def literal_cutoff(main: Tensor, combined: Tensor, beta: float) -> Tensor:
+    bound = main.max(-1, keepdim=True).values + (math.log(beta) if beta else -math.inf)
+    return torch.where(main < bound, -math.inf, combined)
+
+
+def logits_of(model: Any, inputs: dict[str, Any], tokens: Tensor) -> Tensor:
+    """Next-token logits ``(B, V)`` after the prompt and ``tokens`` ``(B, t)``, by one forward without a cache."""
+    given = dict(inputs)
+    given["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)
+    given["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(tokens)], 1)
+    if "mm_token_type_ids" in inputs:
+        given["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(tokens)], 1)
+    return model(**given, use_cache=False).logits[:, -1]
+
+
+def literal_generation(
+    model: Any, inputs: dict[str, Any], second: dict[str, Any], combine: Callable[[Tensor, Tensor], Tensor], beta: float
+) -> tuple[Tensor, list[Tensor]]:
+    """Greedy tokens ``(B, NEW)``, and the logits of each step; prompts without an image keep their own."""
+    has_image = torch.tensor([any(number is not None for _, number in row) for row in CURRENT.rows])[:, None]
+    tokens, steps = inputs["input_ids"][:, :0], []
+    for _ in range(NEW):
+        main, other = logits_of(model, inputs, tokens), logits_of(model, second, tokens)
+        steps.append(torch.where(has_image, literal_cutoff(main, combine(main, other), beta), main))
+        tokens = torch.cat([tokens, steps[-1].argmax(-1, keepdim=True)], 1)
+    return tokens, steps
+
+
+CURRENT = vlms.CASES["llava"]
+
+
+def generated(model: Any, inputs: dict[str, Any], **more: Any) -> Any:
+    return model.generate(
+        **inputs,
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **more,
+    )
+
+
+def noised(inputs: dict[str, Any], edit: VCD) -> dict[str, Any]:
+    changed = dict(inputs)
+    for name in ("pixel_values", "pixel_values_videos"):
+        if name in inputs:
+            changed[name] = edit.noised(inputs[name])
+    return changed
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_vcd_is_two_independent_streams(family: str, beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three prompts, padded: two images or more, none, one. A high cutoff skips many steps."""
+    monkeypatch.setitem(globals(), "CURRENT", vlms.CASES[family])
+    model, inputs, edit = CURRENT.model(), CURRENT.inputs(), VCD(alpha=0.7, beta=beta, step=800)
+    before = model(**inputs).logits
+    expected, steps = literal_generation(
+        model, inputs, noised(inputs, edit), lambda main, other: 1.7 * main - 0.7 * other, beta
+    )
+    with attn_hooks.editing(model, edit):
+        found = generated(model, inputs)
+    assert torch.equal(found.sequences[:, -NEW:], expected)
+    for step, logits in zip(steps, found.logits, strict=True):
+        # Of a token that is certain only that counts.
+        torch.testing.assert_close(logits.log_softmax(-1), step.log_softmax(-1), rtol=1e-3, atol=1e-4)
+    assert torch.equal(model(**inputs).logits, before)
+
+
+def text_alone(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The prompts without their images and the tokens that the config says open and close them."""
+    marks = {getattr(model.config, name, None) for name in MARKS_OF_IMAGE}
+    return vlms.batch_of(
+        [[token for token in row if token[1] is None and token[0] not in marks] for row in CURRENT.rows]
+    )
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_guidance_is_against_the_text_alone(family: str, beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second stream is a text prompt of its own, without the edit of the attention."""
+    monkeypatch.setitem(globals(), "CURRENT", vlms.CASES[family])
+    model, inputs = CURRENT.model(), CURRENT.inputs()
+    attention, gamma = PAI(gamma=1.0, alpha=0.5, layers=(0, 1)), 1.4
+    text = text_alone(model, inputs)
+    texts: list[Tensor] = []
+    has_image = torch.tensor([any(number is not None for _, number in row) for row in CURRENT.rows])[:, None]
+    tokens = inputs["input_ids"][:, :0]
+    for _ in range(NEW):
+        texts.append(logits_of(model, text, tokens).log_softmax(-1))
+        with attn_hooks.editing(model, attention):
+            prompt = {**inputs, "max_new_tokens": NEW + 1, "min_new_tokens": NEW + 1}
+            main = forced(model, prompt, tokens).log_softmax(-1)
+        guided = literal_cutoff(main, gamma * (main - texts[-1]) + texts[-1], beta)
+        step = torch.where(has_image, guided, main)
+        tokens = torch.cat([tokens, step.argmax(-1, keepdim=True)], 1)
+    with attn_hooks.editing(model, PAI(alpha=0.5, layers=(0, 1), gamma=gamma, beta=beta)):
+        found = generated(model, inputs)
+    assert torch.equal(found.sequences[:, -NEW:], tokens)
+    torch.testing.assert_close(found.logits[-1].log_softmax(-1), step.log_softmax(-1), rtol=1e-3, atol=1e-4)
+
+
+def forced(model: Any, inputs: dict[str, Any], tokens: Tensor) -> Tensor:
+    """Logits of the step after ``tokens`` ``(B, t)``, which generate() is made to take."""
+    prompt = inputs["input_ids"].shape[1]
+
+    def allowed(row: int, ids: Tensor) -> list[int]:
+        place = len(ids) - prompt
+        return [int(tokens[row, place])] if place < tokens.shape[1] else list(range(vlms.VOCAB_SIZE))
+
+    found = model.generate(
+        **inputs,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        prefix_allowed_tokens_fn=lambda row, ids: allowed(int(row), ids),
+    )
+    logits: Tensor = found.logits[tokens.shape[1]]
+    return logits
+
+
+def test_the_noise_is_the_paper_s() -> None:
+    """Variance is kept, an early step hardly changes a pixel, and each image gets the same noise."""
+    pixels = torch.full((2, 3, 64, 64), 1e-6)
+    found = VCD(step=500).noised(pixels)
+    assert torch.equal(found[0], found[1])
+    assert found.std() == pytest.approx(math.sqrt(1 - signal_kept(500)), rel=0.02)
+    kept = 1.0
+    for t in range(501):
+        kept *= 1 - (1 / (1 + math.exp(-(-6 + 12 * t / 999))) * (5e-3 - 1e-5) + 1e-5)
+    assert signal_kept(500) == pytest.approx(kept, rel=1e-6)
+    assert not torch.equal(VCD(seed=1).noised(pixels), found)
+
+
+@torch.no_grad()
+def test_alpha_0_and_beta_0_change_nothing() -> None:
+    model, inputs = vlms.CASES["llava"].model(), vlms.CASES["llava"].inputs()
+    before = model(**inputs).logits
+    with attn_hooks.editing(model, VCD(alpha=0.0, beta=0.0)):
+        torch.testing.assert_close(model(**inputs).logits, before)
+
+
+@torch.no_grad()
+def test_the_skip_changes_no_token() -> None:
+    """The cutoff leaves one token in some steps; the second stream catches up later."""
+    model, inputs = vlms.CASES["llava"].model(), vlms.CASES["llava"].inputs()
+    model.lm_head.weight *= 60
+    one = {name: value[2:] for name, value in inputs.items()}
+    edit = VCD(alpha=2.0, beta=0.5)
+    with attn_hooks.editing(model, edit):
+        found = model.generate(**one, max_new_tokens=24, min_new_tokens=24, do_sample=False)
+        (report,) = attn_hooks.report(model).edits
+    skipped = report.second_stream_skipped
+    assert skipped is not None
+    assert 0 < skipped < 1
+    tokens = one["input_ids"][:, :0]
+    for _ in range(24):
+        main, other = logits_of(model, one, tokens), logits_of(model, noised(one, edit), tokens)
+        step = literal_cutoff(main, 3 * main - 2 * other, 0.5)
+        tokens = torch.cat([tokens, step.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(found[:, -24:], tokens)
+
+
+@torch.no_grad()
+def test_beams_take_the_second_stream_with_them() -> None:
+    """One image a prompt; the score of the best beam is that of a literal rescoring."""
+    case = vlms.CASES["llava"]
+    model, inputs, edit = case.model(), case.inputs(), VCD(alpha=0.5, beta=0.0)
+    one = {name: value[2:] for name, value in inputs.items()}
+    with attn_hooks.editing(model, edit):
+        found = model.generate(
+            **one,
+            max_new_tokens=NEW,
+            min_new_tokens=NEW,
+            num_beams=3,
+            do_sample=False,
+            output_scores=True,
+            return_dict_in_generate=True,
+            length_penalty=0.0,
+        )
+    tokens = found.sequences[:, -NEW:]
+    score = 0.0
+    for step in range(NEW):
+        main, other = logits_of(model, one, tokens[:, :step]), logits_of(model, noised(one, edit), tokens[:, :step])
+        score += float((1.5 * main - 0.5 * other).log_softmax(-1)[0, tokens[0, step]])
+    assert float(found.sequences_scores[0]) == pytest.approx(score, abs=1e-3)
+
+
+def refused(code: str, action: Callable[[], Any]) -> None:
+    with pytest.raises(AttnHooksError) as refusal:
+        action()
+    assert refusal.value.code == code
+
+
+@torch.no_grad()
+def test_what_cannot_be_followed_is_refused() -> None:
+    case = vlms.CASES["llava"]
+    model, inputs = case.model(), case.inputs()
+    refused("cannot-compose", lambda: attn_hooks.wrap(model, VCD(), VCD(alpha=0.5)))
+    refused("stream-outside", lambda: attn_hooks.wrap(vlms.CASES["blip-2"].model(), VCD()))
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config.get_text_config())
+    model(**inputs, past_key_values=cache)
+    with attn_hooks.editing(model, VCD()):
+        refused("stream-training", lambda: model(**inputs, labels=inputs["input_ids"]))
+        refused("stream-beams", lambda: model.generate(**inputs, num_beams=2, max_new_tokens=2))
+        step = torch.full((3, 1), 5)
+        refused("stream-no-prompt", lambda: model(input_ids=step, past_key_values=cache))
+        followed = DynamicCache(config=model.config.get_text_config())
+        model(**inputs, past_key_values=followed)
+        refused("stream-cache", lambda: followed.crop(-1))
+        features = model.model.get_image_features(inputs["pixel_values"])
+        text_only = {name: value for name, value in inputs.items() if name != "pixel_values"}
+        if "mm_encoder_outputs" in model.forward.__code__.co_varnames:
+            refused("no-pixels", lambda: model(**text_only, mm_encoder_outputs={"image": features}))
