@@ -13,6 +13,7 @@ from attn_hooks.layout import ImageSpan, PatchGrid, TokenKind, TokenLayout
 from attn_hooks.methods.ablate import Ablate
 from attn_hooks.methods.act import ACT
 from attn_hooks.methods.head_affine import HeadAffine
+from attn_hooks.methods.imbalanced import Imbalanced
 from attn_hooks.methods.pai import PAI
 from attn_hooks.methods.pasta import PASTA
 from attn_hooks.methods.power import PowerAttention
@@ -42,6 +43,7 @@ __all__ = [
     "EditNeverActedWarning",
     "HeadAffine",
     "ImageSpan",
+    "Imbalanced",
     "LayerInfo",
     "ModelInfo",
     "PatchGrid",

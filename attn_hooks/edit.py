@@ -22,7 +22,7 @@ from attn_hooks.errors import error
 from attn_hooks.model_info import ModelInfo
 from attn_kernels import Primitive
 
-Reads = Literal["query", "key", "value", "weights", "output", "tokens", "hidden"]
+Reads = Literal["query", "key", "value", "weights", "output", "tokens", "hidden", "vision"]
 Writes = Literal["visibility", "logits", "weights", "output"]
 Scope = Literal["per-token", "per-row", "whole-matrix"]
 
@@ -69,9 +69,10 @@ class Edit(BaseModel):
     """Base of every method. Fields are the paper's hyperparameters; class variables declare what it touches.
 
     The declarations decide where an edit may run (tensor parallelism, other engines) and in which order edits act:
-    ``reads`` and ``writes`` of an attention call (``hidden``: what enters the decoder layer, handed only to edits that
-    declare it), ``scope`` (what one output row depends on), ``head_indexed`` (names single heads), ``needs_lengths``
-    (counts from a sequence's beginning), ``keeps_state`` (remembers the prompt),
+    ``reads`` and ``writes`` of an attention call (``hidden``: what enters the decoder layer, and ``vision``: the class token's
+    attention in the vision tower, are handed only to edits that declare them), ``scope`` (what one output row depends on),
+    ``head_indexed`` (names single heads), ``needs_lengths`` (counts from a sequence's beginning), ``keeps_state`` (remembers
+    the prompt),
     ``crosses_layers`` (one layer's answer depends on another's, which pipelines split), ``fixed_in_decode`` (the primitives
     of a decode step serve all later ones, from where ``is_settled`` on), ``same_in_layers``
     (layers whose heads it does not tell apart get the same primitives), ``constant`` (the primitives depend on the layer

@@ -189,6 +189,12 @@ CATALOGUE: dict[str, Entry] = {
         "VAR finds sinks by massive activations in a few dimensions, which differ from one language model to the next.",
         "`attn-hooks find-sinks MODEL` prints them; pass them as `dims`.",
     ),
+    "no-class-attention": Entry(
+        EditError,
+        "{method} needs the attention of the vision tower's class token to each patch, and {model} does not give it: {reason}.",
+        "The token streams are chosen by the attention of CLIP's class token, which is read while the tower runs.",
+        "Use a LLaVA model with a CLIP tower, and give it the images as pixel_values, not as features.",
+    ),
     "no-layer-input": Entry(
         UnsupportedModelError,
         "{method} reads what enters a decoder layer, and that of layer {layer} of {model} could not be seen: no numbered module "

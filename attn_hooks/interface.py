@@ -308,10 +308,14 @@ def _record(
     if result.edited_weights and is_measured:
         moved = moved_mass(inputs, primitives, result.heads)
     rows = shared.rows(inputs)
+    of_edit: dict[int, Tensor | None] = {}
     for owner, primitive, mass in zip(prepared.owners, primitives, moved, strict=True):
         if not isinstance(primitive, Tap):
-            named = functools.partial(_heads_edited, plan, owner, heads)
-            plan.recorder.record(owner, phase, layer, named, rows, mass)
+            before = of_edit.get(owner)
+            of_edit[owner] = mass if before is None else before if mass is None else before + mass
+    for owner, mass in of_edit.items():
+        named = functools.partial(_heads_edited, plan, owner, heads)
+        plan.recorder.record(owner, phase, layer, named, rows, mass)
     plan.recorder.record_path(phase, layer, result.path, result.why)
 
 

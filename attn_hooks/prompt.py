@@ -1,4 +1,4 @@
-"""What methods ask of a prompt: the keys of its images, the rows of the text behind them, the rows from its last token on."""
+"""What methods ask of a prompt: the keys of its images, the text behind them, the rows from its last token on, and its logits."""
 
 from __future__ import annotations
 
@@ -64,3 +64,33 @@ def _rows_from_the_last_of(edit: Edit, call: AttentionCall, prompt_length: int) 
         reason = "a prompt of this batch ended in an earlier forward than the others. Pad on the left, or give it in one forward."
         raise edit.refuse_phase(call, reason)
     return (index >= last)[:, past:] & valid[:, past:]
+
+
+def last_row_logits(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """The model's own logits ``(B, H, M)`` of each sample's last real row, at least in float32, and ``(B|1, H|1, M)`` bool: the
+    keys that it sees."""
+    inputs = call.inputs
+    batch, num_heads, num_queries, width = inputs.query.shape
+    if inputs.padded and num_queries > 1:
+        index = torch.arange(num_queries, device=call.device)
+        row = torch.where(inputs.query_valid, index, 0).amax(-1).expand(batch)[:, None, None, None]
+        visible = inputs.visible(slice(0, num_queries))
+        visible = visible.expand(batch, *visible.shape[1:])
+        visible = visible.gather(2, row.expand(-1, visible.shape[1], 1, visible.shape[3]))
+        query = inputs.query.gather(2, row.expand(-1, num_heads, 1, width))
+    else:
+        visible, query = inputs.visible(slice(num_queries - 1, num_queries)), inputs.query[:, :, -1:]
+    kv_heads = inputs.key.shape[1]
+    logits = query.reshape(batch, kv_heads, -1, width) @ inputs.key.transpose(-1, -2) * inputs.scaling
+    logits = logits.reshape(batch, num_heads, -1).to(torch.promote_types(logits.dtype, torch.float32))
+    if inputs.softcap is not None:
+        logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
+    return logits, visible[:, :, 0]
+
+
+def require_all_heads(edit: Edit, call: AttentionCall) -> None:
+    """Raises ``UnsupportedModelError`` where this rank of tensor parallelism holds a part of the heads that are compared."""
+    num_heads = call.info.layer(call.layer).num_heads if call.info is not None else len(call.heads)
+    if len(call.heads) != num_heads:
+        detail = f"{edit.method} compares all {num_heads} heads of a layer, and this rank holds {len(call.heads)}"
+        raise error("tensor-parallel", model=call.model, layer=call.layer, detail=detail)

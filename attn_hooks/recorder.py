@@ -69,7 +69,7 @@ class Recorder:
         rows: Tensor | int,
         moved: Tensor | None,
     ) -> None:
-        """Adds one primitive of one call; ``rows`` is the number of its real queries, still on the device if padded."""
+        """Adds one call; ``rows`` is the number of its real queries, still on the device if padded."""
         record = self.records[position]
         record.calls[phase] += 1
         if layer not in record.layers:

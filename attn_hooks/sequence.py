@@ -24,6 +24,7 @@ from attn_hooks.settled import Settled
 from attn_kernels import AttentionInputs
 
 STATES_ATTRIBUTE = "attn_hooks_states"
+CLASS_ATTENTION = "class attention"
 
 
 @dataclass
@@ -165,6 +166,8 @@ class _InFlight(threading.local):
     current: SequenceState | None = None
     outer_tokens: Tensor | None = None
     outer_given: dict[str, Any] | None = None
+    # What class_token.py read of the vision tower since the last forward: by layer, one tensor a run.
+    class_attention: dict[str, list[Tensor]] | None = None
 
 
 class SequenceTracker:
@@ -212,6 +215,9 @@ class SequenceTracker:
         tokens = given.get("input_ids")
         self.in_flight.outer_tokens = tokens if isinstance(tokens, Tensor) else None
         self.in_flight.outer_given = given if self.model.vision is not None else None
+        if given.get("pixel_values") is not None:
+            # The tower is about to run.
+            self.in_flight.class_attention = None
 
     def before_embedding(self, _embedding: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook of the token embedding, for families whose generate() passes the model's own forward by."""
@@ -320,6 +326,8 @@ class SequenceTracker:
             state.static_step.begin(batch, past + length, new.device)
         state.past, state.new = past, length
         state.of_forward.clear()
+        state.of_forward[CLASS_ATTENTION,] = self.in_flight.class_attention
+        self.in_flight.class_attention = None
         state.entered.clear()
         state.preallocated = isinstance(cache, Cache) and cache.is_compileable
         state.calls.clear()

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from attn_hooks.class_token import read_class_attention
 from attn_hooks.edit import Edit
 from attn_hooks.errors import error
 from attn_hooks.interface import PLAN_ATTRIBUTE, LayerPlan, register
@@ -78,6 +79,9 @@ class Wrapping:
                 plan = LayerPlan(self.key, self.info, layer, edits, tracker, self.recorder, own, num_edited)
                 num_edited += 1
                 setattr(layer.module, PLAN_ATTRIBUTE, plan)
+        if any("vision" in edit.reads for edit in self.edits):
+            tracker = self._tracker_of(model, self.info.layers[0].module_name)
+            self.hooked["class token"] = read_class_attention(model, tracker)
         setattr(model, WRAPPING_ATTRIBUTE, self)
 
     def remove(self, model: nn.Module) -> None:

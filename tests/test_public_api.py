@@ -27,6 +27,7 @@ ATTN_HOOKS = {
     "EditNeverActedWarning",
     "HeadAffine",
     "ImageSpan",
+    "Imbalanced",
     "LayerInfo",
     "ModelInfo",
     "PatchGrid",

@@ -24,9 +24,8 @@ from torch import Tensor
 
 from attn_hooks.call import AttentionCall
 from attn_hooks.edit import Edit, Layers, Reads, Scope, Writes
-from attn_hooks.errors import error
 from attn_hooks.model_info import ModelInfo
-from attn_hooks.prompt import answering_rows, image_keys
+from attn_hooks.prompt import answering_rows, image_keys, last_row_logits, require_all_heads
 from attn_kernels import HeadAffine, Primitive
 
 
@@ -52,46 +51,18 @@ class SPIN(Edit):
         if call.phase == "chunk":
             reason = "heads are chosen for one row at a time. Give the prompt in one forward, and generate without an assistant."
             raise self.refuse_phase(call, reason)
-        self._refuse_a_part_of_the_heads(call)
+        require_all_heads(self, call)
         image = image_keys(self, call) & call.inputs.key_valid
         with torch.no_grad():
-            gain = self._gain(*_score(call, image))
+            logits, visible = last_row_logits(call)
+            counted = image[:, None] & visible
+            gain = self._gain(torch.where(counted, logits, 0.0).sum(-1), counted.any(-1))
         rows = answering_rows(self, call, None)
         heads = call.select_heads(tuple((call.layer, head) for head in call.heads))
         return [HeadAffine(gain=gain, rows=rows, heads=heads)]
 
     def _gain(self, score: Tensor, sees_image: Tensor) -> Tensor:
-        """``(B, H)``: 1 for heads that are kept, and where a row sees no image."""
+        """``(B, H)`` from scores ``(B, H)``: 1 for heads that are kept, and where a row sees no image."""
         kept = score.topk(max(1, math.floor(self.r * score.shape[1])), dim=1).indices
         gain = torch.full_like(score, self.eps).scatter(1, kept, 1.0)
         return torch.where(sees_image, gain, 1.0)
-
-    def _refuse_a_part_of_the_heads(self, call: AttentionCall) -> None:
-        num_heads = call.info.layer(call.layer).num_heads if call.info is not None else len(call.heads)
-        if len(call.heads) != num_heads:
-            detail = f"{self.method} compares all {num_heads} heads of a layer, and this rank holds {len(call.heads)}"
-            raise error("tensor-parallel", model=call.model, layer=call.layer, detail=detail)
-
-
-def _score(call: AttentionCall, image: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum ``(B, H)`` of the logits of each sample's last real row on the image's keys ``(B, M)``, and whether there are any."""
-    inputs = call.inputs
-    batch, num_heads, num_queries, width = inputs.query.shape
-    if inputs.padded and num_queries > 1:
-        index = torch.arange(num_queries, device=call.device)
-        row = torch.where(inputs.query_valid, index, 0).amax(-1).expand(batch)
-        visible = inputs.visible(slice(0, num_queries))
-        visible = visible.expand(batch, *visible.shape[1:])
-        visible = visible.gather(2, row[:, None, None, None].expand(-1, visible.shape[1], 1, visible.shape[3]))
-        query = inputs.query.gather(2, row[:, None, None, None].expand(-1, num_heads, 1, width))
-    else:
-        visible, query = inputs.visible(slice(num_queries - 1, num_queries)), inputs.query[:, :, -1:]
-    kv_heads = inputs.key.shape[1]
-    logits = (
-        query.reshape(batch, kv_heads, num_heads // kv_heads, width) @ inputs.key.transpose(-1, -2) * inputs.scaling
-    )
-    logits = logits.reshape(batch, num_heads, -1).to(torch.promote_types(logits.dtype, torch.float32))
-    if inputs.softcap is not None:
-        logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
-    counted = image[:, None] & visible[:, :, 0]
-    return torch.where(counted, logits, 0.0).sum(-1), counted.any(-1)

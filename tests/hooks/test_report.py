@@ -13,7 +13,9 @@ import attn_hooks
 from attn_hooks import ACT, Ablate, Edit, HeadAffine, PowerAttention, SinkScale, Streaming, reporting
 from attn_hooks.reporting import EditReport
 from attn_kernels import Primitive, Sparsity
+from tests.hooks import vlms
 from tests.hooks.tiny import ACTING_EDITS, NUM_HEADS, NUM_LAYERS, gain_at, logits, prompt, tiny_llama
+from tests.methods.test_image_families import CASES as IMAGE_METHODS
 
 
 def with_uniform_attention(**sizes: Any) -> Any:
@@ -273,7 +275,6 @@ def test_explain_says_why_no_kernel_serves(
 
 @pytest.mark.parametrize("method", attn_hooks.methods().values(), ids=attn_hooks.methods())
 def test_methods_declare_their_patterns(method: type[Edit], monkeypatch: pytest.MonkeyPatch) -> None:
-    edit = ACTING_EDITS[method.method]
     given: list[Primitive] = []
     primitives = method.primitives
 
@@ -283,7 +284,11 @@ def test_methods_declare_their_patterns(method: type[Edit], monkeypatch: pytest.
         return answered
 
     monkeypatch.setattr(method, "primitives", listen)
-    run(attn_hooks.wrap(tiny_llama(), edit), 8)
+    if method.method in ACTING_EDITS:
+        run(attn_hooks.wrap(tiny_llama(), ACTING_EDITS[method.method]), 8)
+    else:
+        model, inputs = vlms.CASES["llava"].model(), vlms.CASES["llava"].inputs()
+        attn_hooks.wrap(model, IMAGE_METHODS[method.method].active(model, inputs))(**inputs)
     assert method.by_pattern == any(isinstance(primitive, Sparsity) for primitive in given)
 
 
