@@ -21,6 +21,8 @@ from attn_hooks.methods.sink_scale import SinkScale
 from attn_hooks.methods.spin import SPIN
 from attn_hooks.methods.streaming import Streaming
 from attn_hooks.methods.var import VAR
+from attn_hooks.methods.vcd import VCD
+from attn_hooks.methods.vhr import VHR
 from attn_hooks.model_info import LayerInfo, ModelInfo, inspect_model, layout_of
 from attn_hooks.paths import recipes_dir, testbed_path
 from attn_hooks.registry import build_edit, methods
@@ -35,6 +37,8 @@ __all__ = [
     "PASTA",
     "SPIN",
     "VAR",
+    "VCD",
+    "VHR",
     "Ablate",
     "AttentionCall",
     "AttnHooksError",

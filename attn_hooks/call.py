@@ -32,6 +32,8 @@ class AttentionCall:
     output and log-sum-exp, if a tap needed them, for the engine. ``of_forward`` is what ``shared_by_layers`` keeps.
     ``hidden_states``, for edits that read ``hidden``: the residual stream of this call's tokens as it enters the decoder
     layer, before its norm, perhaps on another device; None while a decode step is prepared that was not taken yet.
+    ``companions``: so many rows of the batch, the last, are the prompts without their images, in the prefill of methods that
+    declare ``needs_companions``.
     ``info`` is what ``inspect_model`` found, None only in calls made by hand.
     """
 
@@ -53,6 +55,7 @@ class AttentionCall:
     of_forward: dict[Any, Any] = field(default_factory=dict)
     hidden_states: Tensor | None = None  # (B, N, E)
     info: ModelInfo | None = None
+    companions: int = 0
 
     def shared_by_layers(self, place: tuple[object, ...], make: Callable[[], T]) -> T:
         """``make()``, once for all layers of this forward whose calls have as many keys: what depends on tokens alone."""

@@ -23,11 +23,11 @@ from attn_hooks.model_info import ModelInfo
 from attn_kernels import Primitive
 
 Reads = Literal["query", "key", "value", "weights", "output", "tokens", "hidden", "vision"]
-Writes = Literal["visibility", "logits", "weights", "output"]
+Writes = Literal["routing", "visibility", "logits", "weights", "output", "next-token"]
 Scope = Literal["per-token", "per-row", "whole-matrix"]
 
 # Methods act in this order whatever the order in which they are listed, as the primitives do.
-STAGES: tuple[Writes, ...] = ("logits", "visibility", "weights", "output")
+STAGES: tuple[Writes, ...] = ("routing", "logits", "visibility", "weights", "output", "next-token")
 
 
 def _head_pairs(value: Any) -> Any:
@@ -95,6 +95,7 @@ class Edit(BaseModel):
     fixed_in_decode: ClassVar[bool] = False
     same_in_layers: ClassVar[bool] = False
     constant: ClassVar[bool] = False
+    needs_companions: ClassVar[bool] = False
     by_pattern: ClassVar[bool] = False
 
     def __init__(self, **parameters: Any) -> None:
@@ -108,6 +109,11 @@ class Edit(BaseModel):
         if getattr(self, "layers", None) is not None and getattr(self, "heads", None) is not None:
             raise ValueError("give layers or heads, not both: heads already name their layers")
         return self
+
+    def attends_as(self, call: AttentionCall) -> Tensor | None:
+        """Of an edit that writes ``routing``, which is asked for this in place of primitives: ``(B,)`` long, the query head with
+        whose queries and keys all heads of a sample attend; -1, or None for all samples: each with its own."""
+        raise NotImplementedError(f"{type(self).__name__} defines no routing")
 
     def primitives(self, call: AttentionCall) -> list[Primitive]:
         """The primitives for one call. Never computes attention itself."""

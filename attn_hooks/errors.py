@@ -237,6 +237,57 @@ CATALOGUE: dict[str, Entry] = {
         "Run the prompt in eager under the edits, with a static cache and without gradients; or compile without fullgraph, which "
         "breaks off here and goes on in eager.",
     ),
+    "no-pixels": Entry(
+        EditError,
+        "{model}: {method} changes the pixels of a prompt's images, and this prompt came without them (pixel_values).",
+        "Some families' generate() encodes images first and hands over features alone.",
+        "Give the model pixel_values, or use a method that does not change the image.",
+    ),
+    "no-companions": Entry(
+        UnsupportedArgumentError,
+        "{model}: {method} needs rows without the image beside the prompts in one batch, and {reason}.",
+        "Heads are compared with and without the image layer by layer, so both prompts run together.",
+        "Give the prompt with a DynamicCache and a 2-D attention mask; in families that build masks of their own, use "
+        "another method.",
+    ),
+    "stream-outside": Entry(
+        UnsupportedModelError,
+        "{model}: {method} needs the logits of the model's own forward, and this family's generate() runs the language model "
+        "inside it alone.",
+        "The second stream of a method runs in hooks around the model's forward; InstructBLIP and BLIP-2 generate without it.",
+        "Use a method without a second stream on this model, such as var, pai with gamma=1, or spin.",
+    ),
+    "stream-beams": Entry(
+        UnsupportedArgumentError,
+        "{model}: neighbouring prompts of this batch are the same and have several images each, as beams have, and {method} needs "
+        "their pixels, which generate() repeats in another order than the prompts.",
+        "transformers repeats pixel_values image by image for beams, and prompts prompt by prompt.",
+        "Generate without beams, with one image a prompt, or keep equal prompts apart in the batch.",
+    ),
+    "stream-cache": Entry(
+        UnsupportedArgumentError,
+        "{model}: the main cache's {name} was called, and the second stream of {method} cannot follow it.",
+        "Assisted and contrastive generation take tokens back or repeat rows; the second stream has a cache of its own.",
+        "Generate greedily, by sampling or with beams.",
+    ),
+    "stream-no-prompt": Entry(
+        EditError,
+        "{model}: {method} was wrapped after the prompt went into this cache, so that its second stream knows no prompt.",
+        "The second stream starts with the prompt, images included.",
+        "Wrap first, then run the prompt.",
+    ),
+    "stream-captured": Entry(
+        UnsupportedArgumentError,
+        "{model}: this forward is being captured in a CUDA graph, and {method} decides on the host whether its second stream runs.",
+        "A captured graph cannot take that decision.",
+        "Leave the forward uncaptured under this method.",
+    ),
+    "stream-training": Entry(
+        UnsupportedArgumentError,
+        "{model}: labels were given, and {method} changes the logits after the model has made its loss of them.",
+        "The loss would be of the unedited logits.",
+        "Compute the loss from the returned logits, or unwrap for training.",
+    ),
     "packed-sequences": Entry(
         UnsupportedArgumentError,
         "{model}: several sequences are packed in one row (position_ids start again inside it), and the edits in force "

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from attn_hooks.call import AttentionCall, Phase
 from attn_hooks.edit import STAGES, Edit
-from attn_hooks.engine import Prepared, Result, compute
+from attn_hooks.engine import Prepared, Result, compute, routed
 from attn_hooks.errors import AttnHooksError, error
 from attn_hooks.layout import TokenKind, TokenLayout
 from attn_hooks.model_info import HONOURED_BACKENDS, IMPLEMENTATION_PREFIX, LayerInfo, ModelInfo, eager_attention_of
@@ -29,7 +29,7 @@ from attn_hooks.selected_keys import selected_keys_mask
 from attn_hooks.sequence import SequenceState, SequenceTracker, SharedByLayers, StaticStep, is_captured, share
 from attn_hooks.settled import Settled, run_settled, settle
 from attn_hooks.tensor_parallel import local_heads
-from attn_kernels import AttentionInputs, Primitive, Tap, moved_mass
+from attn_kernels import AttentionInputs, Primitive, Tap, edited_attention, moved_mass
 from attn_kernels.primitives import TapKind
 
 PLAN_ATTRIBUTE = "attn_hooks_plan"
@@ -110,6 +110,8 @@ def _forward_for(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         step = plan.tracker.static_step
         if step is not None:
             return _without_host(plan, step, unedited, module, query, key, value, attention_mask, kwargs)
+        if plan.tracker.in_flight.without_edits:
+            return unedited(module, query, key, value, attention_mask, **kwargs)
         return _edited(plan, unedited, module, query, key, value, attention_mask, kwargs)
 
     return attention
@@ -133,12 +135,16 @@ def _edited(
     phase = _phase(sequence)
     prepared = _prepare(plan, inputs, sequence, shared, heads, phase)
     wants_weights = kwargs.get("output_attentions") or getattr(plan.own_config, "output_attentions", False)
-    result = compute(
-        inputs,
-        prepared,
-        plain=lambda: unedited(module, query, key, value, attention_mask, **kwargs),
-        wants_weights=bool(wants_weights),
-    )
+    inputs = routed(inputs, prepared.attends_as)
+
+    def plain() -> tuple[Tensor, Tensor | None]:
+        by_head = any(part is not None and part.shape[1] > 1 for part in (inputs.mask, inputs.bias, inputs.sink_logits))
+        if prepared.attends_as is not None and by_head:
+            # The backend would add each head's own.
+            return edited_attention(inputs, []).transpose(1, 2), None
+        return unedited(module, inputs.query, inputs.key, value, attention_mask, **kwargs)
+
+    result = compute(inputs, prepared, plain, wants_weights=bool(wants_weights))
     _record(plan, inputs, sequence, shared, prepared, heads, phase, result)
     if sequence.preallocated and (layer not in sequence.static_step.layers or sequence.calls[layer] > 1):
         sequence.static_step.settle(layer, _settled_for_next(plan, inputs, sequence, heads))
@@ -309,6 +315,8 @@ def _record(
         moved = moved_mass(inputs, primitives, result.heads)
     rows = shared.rows(inputs)
     of_edit: dict[int, Tensor | None] = {}
+    if prepared.routed_by is not None and prepared.attends_as is not None:
+        of_edit[prepared.routed_by] = None
     for owner, primitive, mass in zip(prepared.owners, primitives, moved, strict=True):
         if not isinstance(primitive, Tap):
             before = of_edit.get(owner)
@@ -355,9 +363,14 @@ def _collect(
             selections=plan.selections,
             vendor=prepared.vendor,
             of_forward=sequence.of_forward,
+            companions=plan.tracker.in_flight.companions,
             info=plan.model,
             hidden_states=_hidden_states(plan, edit, inputs, sequence) if call_type is AttentionCall else None,
         )
+        if edit.writes == "routing":
+            prepared.attends_as, prepared.routed_by = edit.attends_as(call), position
+            inputs = routed(inputs, prepared.attends_as)
+            continue
         answered = _constant_primitives(plan, position, edit, call) if edit.constant else edit.primitives(call)
         prepared.primitives.extend(answered)
         prepared.owners.extend([position] * len(answered))

@@ -206,6 +206,12 @@ class TokenLayout:
         missing = max(0, length - self.length)
         return replace(self, kinds=functional.pad(self.kinds, (0, missing), value=TokenKind.TEXT))
 
+    def first_rows(self, rows: int) -> TokenLayout:
+        """Of the first ``rows`` sequences alone."""
+        return replace(
+            self, kinds=self.kinds[:rows], images=tuple(image for image in self.images if image.sample < rows)
+        )
+
     def padded_as(self, valid: Tensor) -> TokenLayout:
         """The same kinds under another 2-D attention mask."""
         kinds = torch.where(self.kinds == TokenKind.PADDING, TokenKind.TEXT, self.kinds)

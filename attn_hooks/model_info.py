@@ -14,12 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from attn_hooks.errors import AttnHooksError, error
-from attn_hooks.layout import ImageSpan, TokenLayout
+from attn_hooks.layout import ImageSpan, TokenKind, TokenLayout
 from attn_hooks.tensor_parallel import check_shards
 from attn_hooks.vision_layout import VisionLayout, vision_layout_of
 
 HONOURED_BACKENDS = ("sdpa", "eager")
 IMPLEMENTATION_PREFIX = "attn_hooks_"
+# By their names in configs.
+MARKS_OF_IMAGE = (
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "boi_token_id",
+    "eoi_token_id",
+    "boi_token_index",
+    "eoi_token_index",
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,15 @@ class ModelInfo:
             raise error("image-by-cross-attention", method=method, model=self.model_class)
         if self.image_token_id is None:
             raise error("needs-image", method=method, model=self.model_class)
+
+    def image_and_marks(self, tokens: Tensor | None, layout: TokenLayout) -> Tensor:
+        """Bool ``(B, N)``: the images of a prompt, and of its ``tokens`` those that open and close them in some families."""
+        image = layout.kinds >= TokenKind.IMAGE
+        if tokens is None or self.vision is None:
+            return image
+        marks = [getattr(self.vision.config, name, None) for name in MARKS_OF_IMAGE]
+        known = torch.tensor([mark for mark in marks if mark is not None], device=image.device, dtype=torch.long)
+        return image | torch.isin(tokens.to(image.device), known)
 
     def images_in(self, input_ids: Tensor | None, given: Mapping[str, Any]) -> tuple[ImageSpan, ...]:
         """The images in the tokens ``(B, N)`` of a forward with the arguments ``given``. Waits for the device."""

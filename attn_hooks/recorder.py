@@ -24,6 +24,9 @@ class EditRecord:
     rows_without_padding: int = 0
     moved: dict[torch.device, Tensor] = field(default_factory=dict)
     measured: int = 0
+    # Of a second stream: forwards that could have asked for it, and those that were certain without.
+    steps: int = 0
+    skipped: int = 0
 
     def rows_edited(self) -> int:
         """Real query rows, summed over calls; padding left out."""

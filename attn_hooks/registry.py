@@ -27,6 +27,8 @@ SHIPPED = {
     "spin": "attn_hooks.methods.spin:SPIN",
     "streaming": "attn_hooks.methods.streaming:Streaming",
     "var": "attn_hooks.methods.var:VAR",
+    "vcd": "attn_hooks.methods.vcd:VCD",
+    "vhr": "attn_hooks.methods.vhr:VHR",
 }
 ENTRY_POINT_GROUP = "attn_hooks.methods"
 

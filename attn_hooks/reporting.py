@@ -48,7 +48,8 @@ class Explanation:
 @dataclass(frozen=True)
 class EditReport:
     """What one edit did. ``mass_moved``: mean share of a row's weight that went elsewhere, on the last 16
-    rows of a call; in decode every 16th step is measured."""
+    rows of a call, measured in some layers and steps in turns. ``second_stream_skipped``: share of the forwards whose next token
+    was certain without the second stream; None without one."""
 
     method: str
     parameters: dict[str, Any]
@@ -57,6 +58,7 @@ class EditReport:
     heads: int
     rows: int
     mass_moved: float | None
+    second_stream_skipped: float | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ class Report:
         table = Table("edit", "calls", "layers", "heads", "rows", "mass moved", title=self.model)
         for edit in self.edits:
             calls = ", ".join(f"{phase} {count}" for phase, count in edit.calls.items()) or "never acted"
+            if edit.second_stream_skipped is not None:
+                calls += f", {edit.second_stream_skipped:.0%} without the second stream"
             layers = ", ".join(map(str, edit.layers)) or "-"
             mass = "-" if edit.mass_moved is None else f"{edit.mass_moved:.4f}"
             table.add_row(edit.method, calls, layers, str(edit.heads), str(edit.rows), mass)
@@ -181,6 +185,7 @@ def report(model: nn.Module) -> Report:
                 heads=len(record.heads),
                 rows=record.rows_edited(),
                 mass_moved=record.mass_moved(),
+                second_stream_skipped=record.skipped / record.steps if record.steps else None,
             )
         )
     paths = tuple(

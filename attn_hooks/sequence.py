@@ -108,6 +108,17 @@ class SequenceState:
     # By name of the decoder layer, of the one that runs; of all where a checkpoint may run them again without their hooks.
     entered: dict[str, Tensor] = field(default_factory=dict)
 
+    def keep_rows(self, rows: int) -> None:
+        """The first ``rows`` sequences alone go on, of twice as many."""
+
+        def kept(value: Any) -> Any:
+            return value[:rows] if isinstance(value, Tensor) and value.ndim and len(value) == 2 * rows else value
+
+        self.layout = self.layout.first_rows(rows)
+        for state in self.of_method.values():
+            state.update({name: kept(value) for name, value in state.items()})
+        self.of_forward.clear()
+
     def state_of(self, owner: tuple[str, int, int]) -> dict[str, Any]:
         """The memory of one edit in one layer: ``(plan, edit, layer)``. A layer that runs several times a forward (recurrent
         depth, differential attention) has one for each time."""
@@ -168,6 +179,10 @@ class _InFlight(threading.local):
     outer_given: dict[str, Any] | None = None
     # What class_token.py read of the vision tower since the last forward: by layer, one tensor a run.
     class_attention: dict[str, list[Tensor]] | None = None
+    # In a second stream that runs as the model does unwrapped.
+    without_edits: bool = False
+    # Rows below the prompts that lockstep.py has added.
+    companions: int = 0
 
 
 class SequenceTracker:

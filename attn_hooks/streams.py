@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import math
 import threading
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -32,15 +33,6 @@ from attn_hooks.sequence import SequenceTracker, is_captured
 STREAMS_ATTRIBUTE = "attn_hooks_streams"
 # Of a forward's arguments, those with an entry for each new token, in the last dimension.
 OF_EACH_TOKEN = ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids", "cache_position")
-# Tokens that open and close an image in some families, by the names in their configs: they go with it.
-MARKS_OF_IMAGE = (
-    "vision_start_token_id",
-    "vision_end_token_id",
-    "boi_token_id",
-    "eoi_token_id",
-    "boi_token_index",
-    "eoi_token_index",
-)
 
 
 @dataclass(frozen=True)
@@ -62,12 +54,7 @@ class Prompt:
     @property
     def image_and_marks(self) -> Tensor:
         """Bool ``(B, N)``: the images and the tokens that open and close them."""
-        image = self.image
-        if self.tokens is None or self.model.vision is None:
-            return image
-        marks = [getattr(self.model.vision.config, name, None) for name in MARKS_OF_IMAGE]
-        known = torch.tensor([mark for mark in marks if mark is not None], device=image.device, dtype=torch.long)
-        return image | torch.isin(self.tokens.to(image.device), known)
+        return self.model.image_and_marks(self.tokens, self.layout).to(self.embeddings.device)
 
 
 @dataclass(frozen=True)
@@ -92,17 +79,17 @@ class StreamEdit(Edit):
         return True
 
     @property
+    @abstractmethod
     def cutoff(self) -> float:
         """Tokens less likely than this share of the likeliest are out, 0 for none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def second_stream(self, prompt: Prompt) -> SecondStream:
         """Its prompt. Asked once for each prompt with an image."""
-        raise NotImplementedError
 
+    @abstractmethod
     def combine(self, logits: Tensor, second: Tensor) -> Tensor:
         """Logits from those of both streams, ``(B, n, vocabulary)`` float32, before the cutoff."""
-        raise NotImplementedError
 
     def layers_in(self, model: ModelInfo) -> tuple[int, ...]:
         return ()
@@ -247,7 +234,9 @@ class StreamRunner:
         if self.in_flight.is_second or self.in_flight.past:
             return
         names = list(inspect.signature(decoder.forward).parameters)
-        self.in_flight.embeddings = (dict(zip(names, args, strict=False)) | kwargs).get("inputs_embeds")
+        embeddings = (dict(zip(names, args, strict=False)) | kwargs).get("inputs_embeds")
+        if embeddings is not None:
+            self.in_flight.embeddings = embeddings[: len(embeddings) - self.tracker.in_flight.companions]
 
     @torch.compiler.disable(reason="attn_hooks runs a second stream on the host")
     def after_forward(self, outer: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
@@ -386,7 +375,8 @@ class StreamRunner:
         if state.same_tokens:
             return {name: value for name, value in newest.items() if name != "logits_to_keep"} | joined
         tokens = joined["input_ids"]
-        assert state.cache is not None and state.prompt_mask is not None
+        assert state.cache is not None
+        assert state.prompt_mask is not None
         mask = _two_dimensional(newest.get("attention_mask"))
         since = state.cache.get_seq_length() - state.prompt_mask.shape[1] + tokens.shape[1]
         generated = (

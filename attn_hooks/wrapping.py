@@ -19,6 +19,7 @@ from attn_hooks.class_token import read_class_attention
 from attn_hooks.edit import Edit
 from attn_hooks.errors import error
 from attn_hooks.interface import PLAN_ATTRIBUTE, LayerPlan, register
+from attn_hooks.lockstep import Lockstep
 from attn_hooks.model_info import (
     IMPLEMENTATION_PREFIX,
     LayerInfo,
@@ -30,9 +31,12 @@ from attn_hooks.model_info import (
 from attn_hooks.recorder import EditRecord, Recorder
 from attn_hooks.registry import resolve_edits
 from attn_hooks.sequence import SequenceTracker
+from attn_hooks.streams import PixelsToForward, StreamEdit, StreamRunner
 
 WRAPPING_ATTRIBUTE = "attn_hooks_wrapping"
 KEY_ATTRIBUTE = "attn_hooks_key"
+# Of transformers' generate(), in versions that encode images before the forward.
+PIXELS_ATTRIBUTE = "_supports_mm_encoder_outputs"
 
 
 class EditNeverActedWarning(UserWarning):
@@ -79,6 +83,12 @@ class Wrapping:
                 plan = LayerPlan(self.key, self.info, layer, edits, tracker, self.recorder, own, num_edited)
                 num_edited += 1
                 setattr(layer.module, PLAN_ATTRIBUTE, plan)
+        for place, edit in enumerate(self.edits):
+            if isinstance(edit, StreamEdit) and edit.has_stream:
+                self._run_second_stream(model, place, edit)
+        lockstep = next((edit for edit in self.edits if edit.needs_companions), None)
+        if lockstep is not None:
+            self._add_companions(model, lockstep)
         if any("vision" in edit.reads for edit in self.edits):
             tracker = self._tracker_of(model, self.info.layers[0].module_name)
             self.hooked["class token"] = read_class_attention(model, tracker)
@@ -94,6 +104,7 @@ class Wrapping:
             for handle in handles:
                 handle.remove()
         self.own_configs, self.hooked = {}, {}
+        vars(model).pop(PIXELS_ATTRIBUTE, None)
         delattr(model, WRAPPING_ATTRIBUTE)
 
     def edits_of_layer(self, layer: int) -> tuple[tuple[int, Edit], ...]:
@@ -115,6 +126,27 @@ class Wrapping:
             return
         hook = partial(tracker.before_layer, name)
         self.hooked[name] = [model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)]
+
+    def _add_companions(self, model: nn.Module, edit: Edit) -> None:
+        module_name = self.info.layers[0].module_name
+        tracker, (_, decoder) = self._tracker_of(model, module_name), _decoder_of(model, module_name)
+        lockstep = Lockstep(edit.method, self.info, tracker, model.get_input_embeddings)
+        self.hooked["companions"] = [
+            decoder.register_forward_pre_hook(lockstep.before_forward, with_kwargs=True, prepend=True),
+            decoder.register_forward_hook(lockstep.after_forward),
+        ]
+
+    def _run_second_stream(self, model: nn.Module, place: int, edit: StreamEdit) -> None:
+        module_name = self.info.layers[0].module_name
+        tracker, (_, decoder) = self._tracker_of(model, module_name), _decoder_of(model, module_name)
+        if edit.changes_pixels and hasattr(model, PIXELS_ATTRIBUTE):
+            vars(model)[PIXELS_ATTRIBUTE] = PixelsToForward()
+        runner = StreamRunner(edit, place, self.info, tracker, self.recorder)
+        self.hooked["second stream"] = [
+            model.register_forward_pre_hook(runner.before_forward, with_kwargs=True),
+            decoder.register_forward_pre_hook(runner.before_decoder, with_kwargs=True),
+            model.register_forward_hook(runner.after_forward),
+        ]
 
     def _tracker_of(self, model: nn.Module, module_name: str) -> SequenceTracker:
         """The tracker of the innermost transformers model around an attention module."""
@@ -249,6 +281,13 @@ def check_composition(edits: tuple[Edit, ...], info: ModelInfo) -> None:
     for place, first in enumerate(edits):
         for second in edits[place + 1 :]:
             shared = set(first.layers_in(info)) & set(second.layers_in(info))
+            if first.writes == second.writes == "routing" and shared:
+                reason = f"both choose with whose queries and keys the heads attend, in layer {min(shared)}"
+                raise error("cannot-compose", first=first.method, second=second.method, reason=reason)
             if first.writes == second.writes == "visibility" and shared:
                 reason = f"both choose which keys are visited, in layer {min(shared)}"
+                raise error("cannot-compose", first=first.method, second=second.method, reason=reason)
+            streams = [isinstance(edit, StreamEdit) and edit.has_stream for edit in (first, second)]
+            if all(streams):
+                reason = "both make the next token's logits from a second stream"
                 raise error("cannot-compose", first=first.method, second=second.method, reason=reason)

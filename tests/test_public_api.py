@@ -19,6 +19,8 @@ ATTN_HOOKS = {
     "PASTA",
     "SPIN",
     "VAR",
+    "VCD",
+    "VHR",
     "Ablate",
     "AttentionCall",
     "AttnHooksError",

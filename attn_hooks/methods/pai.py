@@ -5,27 +5,31 @@ prompt and of every generated row, for the keys j of the image:
 
     s[i, j] <- s[i, j] + alpha * |s[i, j]|
 
-then softmax, so rows still sum to 1. The identity is alpha 0. The published settings are alpha 0.2 (0.5 in follow-ups) with
-guidance gamma 1.1, layers 2 to L-1.
+then softmax, so rows still sum to 1; and guidance on the next token's log-probabilities p, against p0 of the same text
+without its image on the unedited model, with a cutoff of a tenth of the likeliest token (``TextGuidance``):
 
-The guidance, which takes the logits of the same text without its image away, runs a second stream and is not built in:
-``gamma`` other than 1 is refused. The map is not invariant to a constant on all logits, so its strength differs between models.
+    p <- gamma (p - p0) + p0
+
+The identity is alpha 0 and gamma 1. The published settings are alpha 0.2 (0.5 in follow-ups), gamma 1.1, layers 2 to L-1;
+``gamma=1.0`` is the attention part alone, without a second stream. The map is not invariant to a constant on all logits, so
+its strength differs between models.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from attn_hooks.call import AttentionCall
 from attn_hooks.edit import Edit, Heads, Layers, Positive, Reads, Scope, Writes
 from attn_hooks.model_info import ModelInfo
 from attn_hooks.prompt import answering_rows, image_keys
+from attn_hooks.streams import TextGuidance
 from attn_kernels import LogitMap, Primitive
 
 
-class PAI(Edit):
+class PAI(TextGuidance):
     """alpha: how much of its own size is added to a logit on the image."""
 
     method: ClassVar[str] = "pai"
@@ -41,9 +45,6 @@ class PAI(Edit):
     alpha: float = Field(
         default=0.2, ge=0.0, description="share of its size added to a logit on the image; 0: identity"
     )
-    gamma: float = Field(
-        default=1.0, description="guidance against the text without its image; 1: none, all there is yet"
-    )
     layers: Layers | None = Field(default=None, description="layers edited; None: 2 to L-1")
     heads: Heads | None = Field(
         default=None, description="query heads edited, pairs (layer, head); None: all of those layers"
@@ -52,23 +53,10 @@ class PAI(Edit):
         default=None, description="padded length of the prompt, needed if it comes in several forwards"
     )
 
-    @field_validator("gamma")
-    @classmethod
-    def _no_guidance(cls, gamma: float) -> float:
-        if gamma != 1.0:
-            raise ValueError(
-                "guidance needs a second stream, which is not built in; leave gamma at 1 for the attention part"
-            )
-        return gamma
-
     def layers_in(self, model: ModelInfo) -> tuple[int, ...]:
         if self.heads is None and self.layers is None:
             return tuple(layer for layer in model.layer_indices if layer >= 2)
-        return super().layers_in(model)
-
-    def check(self, model: ModelInfo) -> None:
-        super().check(model)
-        model.require_image_keys(self.method)
+        return Edit.layers_in(self, model)
 
     def is_settled(self, call: AttentionCall) -> bool:
         return self.prompt_length is None or call.layout.length >= self.prompt_length

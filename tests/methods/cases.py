@@ -35,7 +35,7 @@ CASES = [
     Case(Ablate(heads=((1, 2), (3, 0))), None),
     Case(ACT(beta=0.1, alpha=1.1), ACT(beta=1.0, alpha=1.1), frozen_on_prompt=True, chunks=False),
     Case(HeadAffine(gain=GAIN, offset=OFFSET), HeadAffine(gain=torch.ones_like(GAIN), offset=torch.zeros_like(OFFSET))),
-    Case(PAI(alpha=0.9), PAI(alpha=0.0), frozen_on_prompt=True, chunks=False),
+    Case(PAI(gamma=1.0, alpha=0.9), PAI(gamma=1.0, alpha=0.0), frozen_on_prompt=True, chunks=False),
     Case(
         PASTA(spans=(((1, 3),),), alpha=0.05, prompt_length=PROMPT),
         PASTA(spans=(((1, 3),),), alpha=1.0, prompt_length=PROMPT),

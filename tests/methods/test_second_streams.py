@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import attn_hooks
-from attn_hooks import PAI
+from attn_hooks import PAI, streams
 from attn_hooks.errors import AttnHooksError
 from attn_hooks.methods.vcd import VCD, signal_kept
-from attn_hooks.streams import MARKS_OF_IMAGE
+from attn_hooks.model_info import MARKS_OF_IMAGE
 from tests.hooks import vlms
 
 # A prefix LM is not edited, cross attention and embedding outside the forward are refused.
@@ -217,6 +217,14 @@ def refused(code: str, action: Callable[[], Any]) -> None:
     with pytest.raises(AttnHooksError) as refusal:
         action()
     assert refusal.value.code == code
+
+
+@torch.no_grad()
+def test_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = vlms.CASES["llava"].model(), vlms.CASES["llava"].inputs()
+    monkeypatch.setattr(streams, "is_captured", lambda _logits: True)
+    with attn_hooks.editing(model, VCD()):
+        refused("stream-captured", lambda: model(**inputs))
 
 
 @torch.no_grad()
