@@ -12,6 +12,7 @@ from attn_hooks.errors import AttnHooksError, EditError, UnsupportedArgumentErro
 from attn_hooks.layout import ImageSpan, PatchGrid, TokenKind, TokenLayout
 from attn_hooks.methods.ablate import Ablate
 from attn_hooks.methods.act import ACT
+from attn_hooks.methods.eah import EAH
 from attn_hooks.methods.head_affine import HeadAffine
 from attn_hooks.methods.imbalanced import Imbalanced
 from attn_hooks.methods.pai import PAI
@@ -33,6 +34,7 @@ from attn_hooks.wrapping import EditNeverActedWarning, editing, edits_in_force, 
 
 __all__ = [
     "ACT",
+    "EAH",
     "PAI",
     "PASTA",
     "SPIN",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +25,8 @@ class Prepared:
     """What the edits of a layer answered to a call, and beside each primitive which edit it belongs to.
 
     ``lowered`` is made by the first call that runs on a GPU. ``vendor`` holds plain attention's output and log-sum-exp of
-    this call, if a method's tap has computed them. ``is_settled``: they serve later calls of their kind, too.
+    this call, if a method's tap has computed them. ``is_settled``: they serve later calls of their kind, too. ``attends_as``
+    and ``routed_by``: whose queries and keys all heads use (see ``routed``), and the edit that said so.
     """
 
     primitives: list[Primitive]
@@ -33,6 +34,8 @@ class Prepared:
     lowered: LoweredEdits | None = None
     vendor: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     is_settled: bool = True
+    attends_as: Tensor | None = None
+    routed_by: int | None = None
 
     @functools.cached_property
     def is_trained(self) -> bool:
@@ -79,6 +82,33 @@ def compute(inputs: AttentionInputs, prepared: Prepared, plain: Plain, wants_wei
     vendor = prepared.vendor.pop() if prepared.vendor else None
     output, _ = dispatch.run(inputs, prepared.primitives, lowered=lowered, vendor=vendor, path=path)
     return Result(output, None, path.name, path.why, lowered.edits_weights, lowered.heads)
+
+
+def routed(inputs: AttentionInputs, head: Tensor | None) -> AttentionInputs:
+    """The same call with the queries and keys of query head ``head`` ``(B,)`` in place of every head's own, and the values as
+    they are; -1, or None for all samples, leaves them."""
+    if head is None:
+        return inputs
+    num_heads, kv_heads = inputs.num_heads, inputs.key.shape[1]
+    head = head.to(inputs.query.device)[:, None]
+    of_query = torch.where(head >= 0, head, torch.arange(num_heads, device=head.device))
+    of_key = torch.where(head >= 0, head // (num_heads // kv_heads), torch.arange(kv_heads, device=head.device))
+
+    def take(tensor: Tensor, heads: Tensor) -> Tensor:
+        tensor = tensor.expand(len(heads), *tensor.shape[1:])
+        return tensor.gather(1, heads.reshape(*heads.shape, *[1] * (tensor.ndim - 2)).expand(-1, -1, *tensor.shape[2:]))
+
+    def by_head(tensor: Tensor | None) -> Tensor | None:
+        return tensor if tensor is None or tensor.shape[1] == 1 else take(tensor, of_query)
+
+    return replace(
+        inputs,
+        query=take(inputs.query, of_query),
+        key=take(inputs.key, of_key),
+        mask=by_head(inputs.mask),
+        bias=by_head(inputs.bias),
+        sink_logits=by_head(inputs.sink_logits),
+    )
 
 
 def has_kernels(inputs: AttentionInputs) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from attn_hooks import ACT, PAI, PASTA, SPIN, VAR, Ablate, Edit, HeadAffine, PowerAttention, SinkScale, Streaming
+from attn_hooks import ACT, EAH, PAI, PASTA, SPIN, VAR, Ablate, Edit, HeadAffine, PowerAttention, SinkScale, Streaming
 from tests.models import SIZES
 
 LAYERS, HEADS, HEAD_DIM = SIZES["num_hidden_layers"], SIZES["num_attention_heads"], SIZES["head_dim"]
@@ -34,6 +34,7 @@ class Case:
 CASES = [
     Case(Ablate(heads=((1, 2), (3, 0))), None),
     Case(ACT(beta=0.1, alpha=1.1), ACT(beta=1.0, alpha=1.1), frozen_on_prompt=True, chunks=False),
+    Case(EAH(threshold=1e-6, layers=(1, 2)), EAH(threshold=1.0), frozen_on_prompt=True, chunks=False),
     Case(HeadAffine(gain=GAIN, offset=OFFSET), HeadAffine(gain=torch.ones_like(GAIN), offset=torch.zeros_like(OFFSET))),
     Case(PAI(gamma=1.0, alpha=0.9), PAI(gamma=1.0, alpha=0.0), frozen_on_prompt=True, chunks=False),
     Case(

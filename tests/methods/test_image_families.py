@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import attn_hooks
-from attn_hooks import PAI, SPIN, VAR, VCD, VHR, AttnHooksError, Edit, Imbalanced
+from attn_hooks import EAH, PAI, SPIN, VAR, VCD, VHR, AttnHooksError, Edit, Imbalanced
 from attn_hooks.methods.var import sink_strength
 from tests.hooks import vlms
 
@@ -55,6 +55,7 @@ REFUSED = {("imbalanced", family) for family in FAMILIES if family not in ("llav
     ("vhr", "gemma3"),
 }
 CASES = {
+    "eah": Case(active=same(EAH(threshold=0.0)), neutral=same(EAH(threshold=1.0))),
     "imbalanced": Case(
         active=same(Imbalanced(alpha=2.0, layers=LAYERS)), neutral=same(Imbalanced(alpha=0.0, beta=0.0, layers=LAYERS))
     ),
