@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import tempfile
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -16,9 +21,8 @@ VOCABULARY = 840
 POSITIONS = 512
 
 
-def new_model(tokenizer: Tokenizer, seed: int) -> LlavaForConditionalGeneration:
+def model_config(tokenizer: Tokenizer) -> LlavaConfig:
     """A LLaVA of 7 million parameters: CLIP ViT with 6 layers, projector, Llama with 6 layers and grouped heads."""
-    torch.manual_seed(seed)
     vision = CLIPVisionConfig(
         hidden_size=256, intermediate_size=640, num_hidden_layers=6, num_attention_heads=4, image_size=IMAGE_SIZE,
         patch_size=PATCH, projection_dim=256,
@@ -30,12 +34,43 @@ def new_model(tokenizer: Tokenizer, seed: int) -> LlavaForConditionalGeneration:
         pad_token_id=tokenizer.token_to_id("<pad>"), bos_token_id=tokenizer.token_to_id("<s>"),
         eos_token_id=tokenizer.token_to_id(EOS_TEXT), initializer_range=0.02,
     )  # fmt: skip
-    config = LlavaConfig(
+    return LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=tokenizer.token_to_id(IMAGE_TEXT),
         vision_feature_select_strategy="default", vision_feature_layer=-1, image_seq_length=IMAGE_TOKENS,
         tie_word_embeddings=True,
     )  # fmt: skip
-    return LlavaForConditionalGeneration(config)
+
+
+def new_model(tokenizer: Tokenizer, seed: int) -> LlavaForConditionalGeneration:
+    """The model before training, float32."""
+    torch.manual_seed(seed)
+    return LlavaForConditionalGeneration(model_config(tokenizer))
+
+
+def save_weights(model: LlavaForConditionalGeneration, file: Path) -> None:
+    """The weights alone in one file: bfloat16, under the names of a published checkpoint."""
+    weights = copy.deepcopy(model).to("cpu", torch.bfloat16)
+    weights.config.dtype = torch.bfloat16
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        weights.save_pretrained(folder)
+        (Path(folder) / "model.safetensors").replace(file)
+
+
+def load_weights(file: Path, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
+    """The model with the weights of such a file.
+
+    Raises:
+        ValueError: the file lacks a weight of this model, or holds another one.
+    """
+    model, found = LlavaForConditionalGeneration.from_pretrained(
+        None, config=model_config(tokenizer), state_dict=load_file(file), dtype=dtype, output_loading_info=True
+    )
+    wrong = {
+        kind: sorted(found[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if found[kind]
+    }
+    if wrong:
+        raise ValueError(f"{file} does not hold this model's weights: {wrong}; give a checkpoint of testbed.vlm.train")
+    return model
 
 
 class SlotForward(nn.Module):

@@ -1,10 +1,12 @@
 """Train the testbed model on one GPU, on scenes and texts that the GPU draws itself.
 
     python -m testbed.vlm.train --out out/vlm_1 --minutes 8.2
-    python -m testbed.vlm.train --out out/vlm_2 --minutes 8.2 --start out/vlm_1/final --seed 2 --learning-rate 6e-4
+    python -m testbed.vlm.train --out out/vlm_2 --minutes 8.2 --start out/vlm_1/final.safetensors --seed 2 --learning-rate 6e-4
 
-The second call goes on from the first one's weights; the optimizer's moments are built up anew in its warm-up. The whole
-process ends within ``--minutes`` of its start: checkpoints are written before anything is measured on them.
+It writes ``curve.json`` and one file of weights a checkpoint, ``at_10.safetensors`` to ``final.safetensors``, side by side;
+``testbed.vlm.export`` makes a model's folder of one. The second call goes on from the first one's weights; the optimizer's
+moments are built up anew in its warm-up. The whole process ends within ``--minutes`` of its start: checkpoints are written
+before anything is measured on them.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import time
 BEGAN = time.monotonic()
 
 import argparse  # noqa: E402
-import copy  # noqa: E402
 import json  # noqa: E402
 import traceback  # noqa: E402
 import zlib  # noqa: E402
@@ -26,12 +27,11 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from transformers import LlavaForConditionalGeneration  # noqa: E402
 
 from testbed.vlm import MODEL  # noqa: E402
 from testbed.vlm.layout import draw_layouts  # noqa: E402
 from testbed.vlm.measure import QUESTION_LENGTH, Examiner  # noqa: E402
-from testbed.vlm.model import SlotForward, new_model  # noqa: E402
+from testbed.vlm.model import SlotForward, load_weights, new_model, save_weights  # noqa: E402
 from testbed.vlm.render import Renderer, pixel_values  # noqa: E402
 from testbed.vlm.splits import DIFFICULTY, SPLITS, TRAIN_SEED  # noqa: E402
 from testbed.vlm.text import Tokens, Writer  # noqa: E402
@@ -105,10 +105,11 @@ class Trainer:
         self.out = Path(arguments.out)
         self.out.mkdir(parents=True, exist_ok=True)
         self.tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
-        if arguments.start:
-            model = LlavaForConditionalGeneration.from_pretrained(arguments.start, dtype=torch.float32)
-        else:
-            model = new_model(self.tokenizer, arguments.seed)
+        model = (
+            load_weights(Path(arguments.start), self.tokenizer)
+            if arguments.start
+            else new_model(self.tokenizer, arguments.seed)
+        )
         self.model = model.to(self.device).train()
         self.on_gpu = self.device.type == "cuda"
         lengths = (CAPTION_LENGTH, *(QUESTION_LENGTH,) * QUESTIONS)
@@ -145,10 +146,7 @@ class Trainer:
         return caption.detach(), answer.detach()
 
     def save(self, name: str) -> None:
-        """The weights in bfloat16 in Hugging Face's format, one folder a checkpoint."""
-        weights = copy.deepcopy(self.model).to("cpu", torch.bfloat16)
-        weights.config.dtype = torch.bfloat16
-        weights.save_pretrained(self.out / name)
+        save_weights(self.model, self.out / f"{name}.safetensors")
         log(saved=name, step=self.step)
 
     def measure(self, scenes: int) -> None:
@@ -224,7 +222,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--minutes", type=float, default=8.2, help="of the whole process")
     options.add_argument("--reserve", type=float, default=22, help="seconds of them for the last save and measure")
     options.add_argument("--steps", type=int, help="end after so many steps")
-    options.add_argument("--start", help="a checkpoint to go on from")
+    options.add_argument("--start", help="a checkpoint's file of weights, to go on from")
     options.add_argument("--seed", type=int, default=1)
     options.add_argument("--batch", type=int, default=512)
     options.add_argument("--learning-rate", type=float, default=1e-3)
