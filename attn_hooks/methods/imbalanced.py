@@ -36,6 +36,8 @@ from attn_hooks.model_info import ModelInfo
 from attn_hooks.prompt import answering_rows, image_keys, last_row_logits, require_all_heads
 from attn_kernels import LogitMap, Primitive
 
+STREAMS = ("local", "summary")
+
 
 class Imbalanced(Edit):
     """alpha: gain of the local tokens. beta: gain of the summary tokens."""
@@ -100,9 +102,10 @@ class Imbalanced(Edit):
         if call.phase != "decode":
             past = call.layout.length - call.inputs.num_queries
             new = call.shared_by_layers(("imbalanced", self.ratio), lambda: self._streams(call, past))
-            earlier = call.state.get("streams", new[..., :0])[..., :past]
-            call.state["streams"] = torch.cat([functional.pad(earlier, (0, past - earlier.shape[-1])), new], dim=-1)
-        local, summary = (call.on_this_calls_keys(stream)[:, None] for stream in call.state["streams"])
+            for name, stream in zip(STREAMS, new, strict=True):
+                earlier = call.state.get(name, stream[:, :0])[:, :past]
+                call.state[name] = torch.cat([functional.pad(earlier, (0, past - earlier.shape[1])), stream], dim=1)
+        local, summary = (call.on_this_calls_keys(call.state[name])[:, None] for name in STREAMS)
         heads = call.select_heads(self.heads)
         maps: list[Primitive] = []
         for gain, keys in ((self.alpha, local & image), (self.beta, summary & image)):

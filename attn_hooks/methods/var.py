@@ -75,7 +75,8 @@ def sink_strength(hidden: Tensor, dims: tuple[int, ...]) -> Tensor:
     """phi ``(B, N)`` of hidden states ``(B, N, E)``, at least in float32: their squares overflow float16."""
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     root_mean_square = (hidden.square().mean(-1) + 1e-6).sqrt()
-    return hidden[..., list(dims)].abs().amax(-1) / root_mean_square
+    # Slices: an index would be copied to the device and waited for.
+    return torch.stack([hidden[..., dim] for dim in dims]).abs().amax(0) / root_mean_square
 
 
 class VAR(Edit):

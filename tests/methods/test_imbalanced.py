@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import attn_hooks
-from attn_hooks import EditError, Imbalanced
+from attn_hooks import VHR, EditError, Imbalanced
 from tests.hooks import snapshot, vlms
 from tests.literal import Literal, literal_attention
 
@@ -257,3 +257,25 @@ def test_guidance_and_modulation_in_parts_are_refused() -> None:
         Imbalanced(gamma=1.1)
     with pytest.raises(EditError, match="leave prompt_length out"):
         Imbalanced(head_modulation="image_mass", prompt_length=9)
+
+
+def test_companion_rows_of_another_method_leave_the_streams_as_they_are() -> None:
+    """VHR runs the prompt's text below it in the same batch, and takes these rows away again before decode."""
+    model, inputs = llava(), batch()
+    real = inputs["attention_mask"][2].bool()
+    ids = inputs["input_ids"][2][real][None]
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": inputs["pixel_values"][2:]}
+    settings = {
+        "max_new_tokens": 3,
+        "min_new_tokens": 3,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    edit = Imbalanced(gamma=1.0, alpha=1.5)
+    with attn_hooks.editing(model, edit):
+        alone = model.generate(**given, **settings).logits
+    with attn_hooks.editing(model, edit, VHR(alpha=1.0)):
+        beside = model.generate(**given, **settings).logits
+    for step, logits in enumerate(beside):
+        torch.testing.assert_close(logits, alone[step], rtol=1e-8, atol=1e-8)
