@@ -12,6 +12,7 @@ from attn_hooks.errors import AttnHooksError, EditError, UnsupportedArgumentErro
 from attn_hooks.layout import ImageSpan, PatchGrid, TokenKind, TokenLayout
 from attn_hooks.methods.ablate import Ablate
 from attn_hooks.methods.act import ACT
+from attn_hooks.methods.damro import DAMRO
 from attn_hooks.methods.eah import EAH
 from attn_hooks.methods.head_affine import HeadAffine
 from attn_hooks.methods.imbalanced import Imbalanced
@@ -34,6 +35,7 @@ from attn_hooks.wrapping import EditNeverActedWarning, editing, edits_in_force, 
 
 __all__ = [
     "ACT",
+    "DAMRO",
     "EAH",
     "PAI",
     "PASTA",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from attn_hooks.call import AttentionCall
 from attn_hooks.errors import error
+from attn_hooks.layout import ImageSpan
 from attn_hooks.model_info import ModelInfo
 from attn_hooks.sequence import CLASS_ATTENTION, SequenceTracker
 
@@ -78,14 +80,21 @@ class _Reader:
 
 
 def class_attention(method: str, call: AttentionCall) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """For the images of this forward: attention ``(images, P)`` by name of ``LAYERS``, summed over heads, and the key positions
-    ``(P,)`` of each image's patches; in the order of the layout's images.
-
-    Raises ``EditError`` where the tower did not run once for these images since the forward before.
-    """
+    """``class_attention_in`` for the images of the forward that ``call`` belongs to."""
     past = call.layout.length - call.inputs.num_queries
     images = [image for image in call.layout.images if image.start >= past]
-    runs: dict[str, list[Tensor]] = call.of_forward.get((CLASS_ATTENTION,)) or {}
+    return class_attention_in(method, call.model, images, call.of_forward.get((CLASS_ATTENTION,)))
+
+
+def class_attention_in(
+    method: str, model: str, images: Sequence[ImageSpan], read: dict[str, list[Tensor]] | None
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """For the ``images`` of one forward, in the order of its layout, by what was ``read`` of the tower before it.
+
+    Attention ``(images, P)`` by name of ``LAYERS``, summed over heads, and the key positions ``(P,)`` of each image's patches.
+    Raises ``EditError`` where the tower did not run once for these images since the forward before.
+    """
+    runs = read or {}
     counts = {len(run) for run in runs.values()}
     reason = None
     if counts != {1}:
@@ -97,7 +106,7 @@ def class_attention(method: str, call: AttentionCall) -> tuple[dict[str, Tensor]
     if reason is None and (not seen or len(images) % seen):
         reason = f"it saw {seen} images, and the prompts hold {len(images)}"
     if reason is not None:
-        raise error("no-class-attention", method=method, model=call.model, reason=reason)
+        raise error("no-class-attention", method=method, model=model, reason=reason)
     patches = [torch.cat([image.patches(grid).flatten() for grid in image.grids or ()]) for image in images]
     # generate() may have repeated each prompt for its beams after the tower ran.
     beams = len(images) // seen

@@ -28,7 +28,7 @@ from attn_hooks.errors import error
 from attn_hooks.layout import TokenKind, TokenLayout
 from attn_hooks.model_info import ModelInfo
 from attn_hooks.recorder import Recorder
-from attn_hooks.sequence import SequenceTracker, is_captured
+from attn_hooks.sequence import CLASS_ATTENTION, SequenceTracker, is_captured
 
 STREAMS_ATTRIBUTE = "attn_hooks_streams"
 # Of a forward's arguments, those with an entry for each new token, in the last dimension.
@@ -38,13 +38,15 @@ OF_EACH_TOKEN = ("input_ids", "position_ids", "token_type_ids", "mm_token_type_i
 @dataclass(frozen=True)
 class Prompt:
     """What a second stream is made of. ``given``: the arguments of the model's forward; ``embeddings`` ``(B, N, E)``: its
-    tokens and images as the decoder got them; ``tokens`` ``(B, N)``, ``layout`` what each of them is."""
+    tokens and images as the decoder got them; ``tokens`` ``(B, N)``, ``layout`` what each of them is. ``class_attention``: for
+    methods that read ``vision``, what class_token.py read."""
 
     given: Mapping[str, Any]
     embeddings: Tensor
     tokens: Tensor | None
     layout: TokenLayout
     model: ModelInfo
+    class_attention: dict[str, list[Tensor]] | None = None
 
     @property
     def image(self) -> Tensor:
@@ -106,14 +108,14 @@ class TextGuidance(StreamEdit):
     """Guidance against the same text without its image, as PAI and others that build on it have it.
 
     With the log-probabilities p of the prompt and p0 of its text alone, on the model without edits: gamma (p - p0) + p0 for
-    tokens with p >= max p + log(beta), minus infinity for all others. The text is the prompt without the image's tokens and
+    tokens with p >= max p + log(plausibility), minus infinity for all others. The text is the prompt without the image's tokens and
     those that open and close it. The identity is gamma 1, which needs no second stream and has no cutoff.
     """
 
     edits_second_stream: ClassVar[bool] = False
 
     gamma: float = Field(default=1.1, ge=0.0, description="guidance against the text without its image; 1: none")
-    beta: float = Field(
+    plausibility: float = Field(
         default=0.1, ge=0.0, le=1.0, description="of the guidance: cutoff, as a share of the likeliest token"
     )
 
@@ -123,7 +125,7 @@ class TextGuidance(StreamEdit):
 
     @property
     def cutoff(self) -> float:
-        return self.beta
+        return self.plausibility
 
     def second_stream(self, prompt: Prompt) -> SecondStream:
         return SecondStream(keep=~prompt.image_and_marks)
@@ -277,7 +279,8 @@ class StreamRunner:
         tokens = given.get("input_ids")
         if self.edit.changes_pixels and _is_repeated(tokens) and any(span.image for span in sequence.layout.images):
             raise error("stream-beams", method=self.edit.method, model=self.model.model_class)
-        prompt = Prompt(given, embeddings, tokens, sequence.layout, self.model)
+        seen = sequence.of_forward.get((CLASS_ATTENTION,))
+        prompt = Prompt(given, embeddings, tokens, sequence.layout, self.model, seen)
         second = self.edit.second_stream(prompt)
         positions = given.get("position_ids")
         after_image = torch.where(

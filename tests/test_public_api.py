@@ -15,6 +15,7 @@ from attn_hooks.registry import SHIPPED
 
 ATTN_HOOKS = {
     "ACT",
+    "DAMRO",
     "EAH",
     "PAI",
     "PASTA",

@@ -8,9 +8,9 @@ With c[l] the attention of the vision tower's class token to each patch in tower
     s[i, j] <- s[i, j] + alpha * |s[i, j]|  for j in T,   s[i, j] + beta * |s[i, j]|  for j in B
 
 on the language model's logits s of the prompt's last row and of every generated row, layers 2 to L-1, all heads, then softmax.
-The identity is alpha = beta = 0. The class token's row is recomputed from the tower's own queries and keys.
+The identity is alpha = beta = 0 and gamma = 1. The class token's row is recomputed from the tower's own queries and keys.
 
-Published figures rest on guidance by a second stream as well (gamma 1.1), which is not built in. They collapse above alpha
+The same guidance as PAI's goes with it (``TextGuidance``, gamma 1.1; 1 for none). Published figures collapse above alpha
 0.7: captions double in length while fewer objects are named. The released code takes beta 0.3, the paper's best row 0.4. Its
 "spatial" stream ranks row sums of a softmax, which are all 1, so it is a random choice, and is left out.
 
@@ -25,7 +25,7 @@ import math
 from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
@@ -34,12 +34,13 @@ from attn_hooks.class_token import class_attention, require_class_token
 from attn_hooks.edit import Edit, Heads, Layers, Positive, Reads, Scope, Writes
 from attn_hooks.model_info import ModelInfo
 from attn_hooks.prompt import answering_rows, image_keys, last_row_logits, require_all_heads
+from attn_hooks.streams import TextGuidance
 from attn_kernels import LogitMap, Primitive
 
 STREAMS = ("local", "summary")
 
 
-class Imbalanced(Edit):
+class Imbalanced(TextGuidance):
     """alpha: gain of the local tokens. beta: gain of the summary tokens."""
 
     method: ClassVar[str] = "imbalanced"
@@ -58,9 +59,6 @@ class Imbalanced(Edit):
     head_modulation: Literal["none", "image_mass"] = Field(
         default="none", description="one gain for all heads, as released, or by each head's weight on the image (ours)"
     )
-    gamma: float = Field(
-        default=1.0, description="guidance against the text without its image; 1: none, all there is yet"
-    )
     layers: Layers | None = Field(default=None, description="layers edited; None: 2 to L-1")
     heads: Heads | None = Field(
         default=None, description="query heads edited, pairs (layer, head); None: all of those layers"
@@ -68,15 +66,6 @@ class Imbalanced(Edit):
     prompt_length: Positive | None = Field(
         default=None, description="padded length of the prompt, needed if it comes in several forwards"
     )
-
-    @field_validator("gamma")
-    @classmethod
-    def _no_guidance(cls, gamma: float) -> float:
-        if gamma != 1.0:
-            raise ValueError(
-                "guidance needs a second stream, which is not built in; leave gamma at 1 for the attention part"
-            )
-        return gamma
 
     @model_validator(mode="after")
     def _measured_on_one_forward(self) -> Self:
@@ -87,7 +76,7 @@ class Imbalanced(Edit):
     def layers_in(self, model: ModelInfo) -> tuple[int, ...]:
         if self.heads is None and self.layers is None:
             return tuple(layer for layer in model.layer_indices if layer >= 2)
-        return super().layers_in(model)
+        return Edit.layers_in(self, model)
 
     def check(self, model: ModelInfo) -> None:
         super().check(model)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import attn_hooks
-from attn_hooks import EAH, PAI, SPIN, VAR, VCD, VHR, AttnHooksError, Edit, Imbalanced
+from attn_hooks import DAMRO, EAH, PAI, SPIN, VAR, VCD, VHR, AttnHooksError, Edit, Imbalanced
 from attn_hooks.methods.var import sink_strength
 from tests.hooks import vlms
 
@@ -49,15 +49,22 @@ def same(edit: Edit) -> Callable[[Any, dict[str, Any]], Edit]:
 
 
 LAYERS = (0, 1)
-REFUSED = {("imbalanced", family) for family in FAMILIES if family not in ("llava", "llava, full features")} | {
+REFUSED = {
+    (method, family)
+    for method in ("damro", "imbalanced")
+    for family in FAMILIES
+    if family not in ("llava", "llava, full features")
+} | {
     ("vcd", "blip-2"),
     ("vcd", "instructblip"),
     ("vhr", "gemma3"),
 }
 CASES = {
+    "damro": Case(active=same(DAMRO(beta=0.0, tokens=3)), neutral=same(DAMRO(alpha=0.0, beta=0.0))),
     "eah": Case(active=same(EAH(threshold=0.0)), neutral=same(EAH(threshold=1.0))),
     "imbalanced": Case(
-        active=same(Imbalanced(alpha=2.0, layers=LAYERS)), neutral=same(Imbalanced(alpha=0.0, beta=0.0, layers=LAYERS))
+        active=same(Imbalanced(gamma=1.0, alpha=2.0, layers=LAYERS)),
+        neutral=same(Imbalanced(gamma=1.0, alpha=0.0, beta=0.0, layers=LAYERS)),
     ),
     "pai": Case(
         active=same(PAI(gamma=1.0, alpha=2.0, layers=LAYERS)), neutral=same(PAI(gamma=1.0, alpha=0.0, layers=LAYERS))

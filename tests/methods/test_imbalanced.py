@@ -112,10 +112,10 @@ def literal_imbalanced(
 @pytest.mark.parametrize(
     "edit",
     [
-        Imbalanced(),
-        Imbalanced(alpha=0.3, beta=1.0, ratio=0.1, form="add"),
-        Imbalanced(alpha=0.9, heads=((2, 1), (3, 2))),
-        Imbalanced(head_modulation="image_mass"),
+        Imbalanced(gamma=1.0),
+        Imbalanced(gamma=1.0, alpha=0.3, beta=1.0, ratio=0.1, form="add"),
+        Imbalanced(gamma=1.0, alpha=0.9, heads=((2, 1), (3, 2))),
+        Imbalanced(gamma=1.0, head_modulation="image_mass"),
     ],
     ids=str,
 )
@@ -148,9 +148,9 @@ def test_zero_gains_are_the_identity_and_nothing_is_left_behind() -> None:
     model, inputs = llava(), batch()
     plain = model(**inputs).logits
     before = snapshot.take(model)
-    with attn_hooks.editing(model, Imbalanced(alpha=0.0, beta=0.0)):
+    with attn_hooks.editing(model, Imbalanced(gamma=1.0, alpha=0.0, beta=0.0)):
         torch.testing.assert_close(model(**inputs).logits, plain, rtol=1e-9, atol=1e-9)
-    with attn_hooks.editing(model, Imbalanced()):
+    with attn_hooks.editing(model, Imbalanced(gamma=1.0)):
         assert (model(**inputs).logits - plain).abs().max() > 1e-6
     assert snapshot.changes(before, model) == []
     assert torch.equal(model(**inputs).logits, plain)
@@ -158,7 +158,7 @@ def test_zero_gains_are_the_identity_and_nothing_is_left_behind() -> None:
 
 def test_beams_of_prompts_with_images_are_those_of_each_alone() -> None:
     """The tower runs once for a prompt, whatever its beams."""
-    model, inputs = attn_hooks.wrap(llava(), Imbalanced(alpha=1.5)), batch()
+    model, inputs = attn_hooks.wrap(llava(), Imbalanced(gamma=1.0, alpha=1.5)), batch()
     settings = {"num_beams": 3, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     together = model.generate(**inputs, **settings)
     for row, pixels in ((0, slice(0, 2)), (2, slice(2, 3))):
@@ -172,8 +172,8 @@ def test_another_image_gives_other_streams() -> None:
     """What the tower showed for an earlier prompt does not stay."""
     model, inputs = llava(), batch()
     other = inputs | {"pixel_values": inputs["pixel_values"].flip(-1) ** 2}
-    fresh = attn_hooks.wrap(llava(), Imbalanced())(**other).logits
-    attn_hooks.wrap(model, Imbalanced())
+    fresh = attn_hooks.wrap(llava(), Imbalanced(gamma=1.0))(**other).logits
+    attn_hooks.wrap(model, Imbalanced(gamma=1.0))
     model(**inputs)
     assert torch.equal(model(**other).logits, fresh)
 
@@ -183,7 +183,7 @@ def test_a_later_turn_brings_its_own_image() -> None:
     inputs = batch()
     ids, pixels = inputs["input_ids"][:1], inputs["pixel_values"][:2]
     cut = 1 + 3 + PATCHES + 2
-    model = attn_hooks.wrap(llava(), Imbalanced(prompt_length=ids.shape[1]))
+    model = attn_hooks.wrap(llava(), Imbalanced(gamma=1.0, prompt_length=ids.shape[1]))
     whole = model(input_ids=ids, pixel_values=pixels).logits
     cache = DynamicCache(config=model.config.text_config)
     first = model(input_ids=ids[:, :cut], pixel_values=pixels[:1], past_key_values=cache).logits
@@ -192,7 +192,7 @@ def test_a_later_turn_brings_its_own_image() -> None:
 
 
 def test_decode_compiles_in_one_graph() -> None:
-    model, inputs = attn_hooks.wrap(llava(), Imbalanced()), batch(2)
+    model, inputs = attn_hooks.wrap(llava(), Imbalanced(gamma=1.0)), batch(2)
     ids, prompt = inputs["input_ids"][[0, 2]], inputs["input_ids"].shape[1] - 2
     mask = inputs["attention_mask"][[0, 2]]
     found = {}
@@ -216,13 +216,13 @@ def test_decode_compiles_in_one_graph() -> None:
 def test_the_class_token_may_be_among_the_image_tokens() -> None:
     case = vlms.CASES["llava, full features"]
     model, inputs = case.model(), case.inputs()
-    with attn_hooks.editing(model, Imbalanced(layers=(0, 1), ratio=1.0)):
+    with attn_hooks.editing(model, Imbalanced(gamma=1.0, layers=(0, 1), ratio=1.0)):
         after = model(**inputs).logits
     assert (after - model(**inputs).logits).abs().max() > 1e-6
 
 
 def test_features_made_elsewhere_are_refused() -> None:
-    model, inputs = attn_hooks.wrap(llava(), Imbalanced()), batch()
+    model, inputs = attn_hooks.wrap(llava(), Imbalanced(gamma=1.0)), batch()
     model(**inputs)
     ids, mask = inputs["input_ids"][2:], inputs["attention_mask"][2:]
     features = model.get_image_features(pixel_values=inputs["pixel_values"][2:])
@@ -249,14 +249,12 @@ def test_features_made_elsewhere_are_refused() -> None:
 )
 def test_other_towers_are_refused_by_name(family: str, reason: str) -> None:
     with pytest.raises(EditError, match=reason):
-        attn_hooks.wrap(vlms.CASES[family].model(), Imbalanced(layers=(0, 1)))
+        attn_hooks.wrap(vlms.CASES[family].model(), Imbalanced(gamma=1.0, layers=(0, 1)))
 
 
-def test_guidance_and_modulation_in_parts_are_refused() -> None:
-    with pytest.raises(EditError, match=r"gamma: .*second stream"):
-        Imbalanced(gamma=1.1)
+def test_modulation_in_parts_is_refused() -> None:
     with pytest.raises(EditError, match="leave prompt_length out"):
-        Imbalanced(head_modulation="image_mass", prompt_length=9)
+        Imbalanced(gamma=1.0, head_modulation="image_mass", prompt_length=9)
 
 
 def test_companion_rows_of_another_method_leave_the_streams_as_they_are() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import attn_hooks
-from attn_hooks import PAI, streams
+from attn_hooks import DAMRO, PAI, streams
 from attn_hooks.errors import AttnHooksError
 from attn_hooks.methods.vcd import VCD, signal_kept
 from attn_hooks.model_info import MARKS_OF_IMAGE
@@ -121,10 +121,38 @@ def test_guidance_is_against_the_text_alone(family: str, beta: float, monkeypatc
         guided = literal_cutoff(main, gamma * (main - texts[-1]) + texts[-1], beta)
         step = torch.where(has_image, guided, main)
         tokens = torch.cat([tokens, step.argmax(-1, keepdim=True)], 1)
-    with attn_hooks.editing(model, PAI(alpha=0.5, layers=(0, 1), gamma=gamma, beta=beta)):
+    with attn_hooks.editing(model, PAI(alpha=0.5, layers=(0, 1), gamma=gamma, plausibility=beta)):
         found = generated(model, inputs)
     assert torch.equal(found.sequences[:, -NEW:], tokens)
     torch.testing.assert_close(found.logits[-1].log_softmax(-1), step.log_softmax(-1), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_damro_is_against_the_patches_that_the_tower_looks_at() -> None:
+    """The second prompt by hand: its image features are those of three patches, as the tower's own eager weights say."""
+    case = vlms.CASES["llava"]
+    model, inputs = case.model(), {name: value[2:] for name, value in case.inputs().items()}
+    edit = DAMRO(alpha=0.8, beta=0.0, tokens=3)
+    tower = model.model.vision_tower
+    tower.set_attn_implementation("eager")
+    weights = tower(inputs["pixel_values"], output_attentions=True).attentions[-2]
+    strongest = weights.sum(1)[0, 0, 1:].topk(3).indices
+    is_image = inputs["input_ids"][0] == vlms.IMAGE
+    kept = inputs["attention_mask"][0].bool() & ~is_image
+    kept[is_image.nonzero().squeeze(-1)[strongest]] = True
+    features = model.model.get_image_features(inputs["pixel_values"]).pooler_output[0]
+    embeddings = model.get_input_embeddings()(inputs["input_ids"])
+    embeddings[0, is_image] = features
+    tokens = inputs["input_ids"][:, :0]
+    for _ in range(NEW):
+        more = model.get_input_embeddings()(tokens)
+        other = model(inputs_embeds=torch.cat([embeddings[:, kept], more], 1), use_cache=False).logits[:, -1]
+        step = 1.8 * logits_of(model, inputs, tokens) - 0.8 * other
+        tokens = torch.cat([tokens, step.argmax(-1, keepdim=True)], 1)
+    with attn_hooks.editing(model, edit):
+        found = generated(model, inputs)
+    assert torch.equal(found.sequences[:, -NEW:], tokens)
+    torch.testing.assert_close(found.logits[-1], step, rtol=1e-3, atol=1e-4)
 
 
 def forced(model: Any, inputs: dict[str, Any], tokens: Tensor) -> Tensor:
