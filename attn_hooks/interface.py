@@ -60,7 +60,7 @@ WITHOUT_INFLUENCE = {
 }
 # Measuring the mass that moved takes longer than a decode step of the layer, and on a GPU than launching it: of so many
 # edited layers one is measured, in turns, in a decode step and in a forward of several tokens.
-LAYERS_PER_MEASURE, LAYERS_PER_MEASURE_ON_GPU = {"decode": 64, "prompt": 1}, {"decode": 512, "prompt": 32}
+LAYERS_PER_MEASURE, LAYERS_PER_MEASURE_ON_GPU = {"decode": 64, "prompt": 1}, {"decode": 512, "prompt": 256}
 _sdpa_at_import = functional.scaled_dot_product_attention
 
 
