@@ -237,6 +237,12 @@ CATALOGUE: dict[str, Entry] = {
         "Run the prompt in eager under the edits, with a static cache and without gradients; or compile without fullgraph, which "
         "breaks off here and goes on in eager.",
     ),
+    "token-shape": Entry(
+        EditError,
+        "input_ids of shape {given}: the layout is told of prompts (batch, tokens).",
+        "A processor gives batches where it is asked for tensors.",
+        "Call the processor with return_tensors='pt', or add the batch with input_ids[None].",
+    ),
     "no-pixels": Entry(
         EditError,
         "{model}: {method} changes the pixels of a prompt's images, and this prompt came without them (pixel_values).",

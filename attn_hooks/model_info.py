@@ -180,8 +180,11 @@ def layout_of(
     """What each position of a prompt holds, without running the model: ``layout_of(model, **processor(...))``.
 
     ``input_ids`` and ``attention_mask`` are ``(B, N)``; the rest is what the processor returned for the images, which tells
-    their grids. The model need not be one that can be edited. Raises ``EditError`` for more images than can be told apart.
+    their grids. The model need not be one that can be edited. Raises ``EditError`` for more images than can be told apart, and
+    for tokens without a batch.
     """
+    if input_ids.ndim != 2:
+        raise error("token-shape", given=tuple(input_ids.shape))
     config: Any = underlying_model(model).config
     vision = vision_of(config)
     images = vision.images_in(input_ids, processor_output) if vision is not None else ()

@@ -92,7 +92,11 @@ class PASTA(Edit):
             # All keys are the prompt's, and softmax does not see a constant on all logits: the few keys that are kept
             # get the opposite instead.
             return call.keys_at(kept), -bias
-        return call.keys_at(in_prompt & ~kept), bias
+        biased = in_prompt & ~kept
+        if self.spans == "image":
+            # A prompt without an image highlights nothing, and is left as it is.
+            biased = biased & highlighted.any(1, keepdim=True)
+        return call.keys_at(biased), bias
 
     def _highlighted(self, call: AttentionCall) -> Tensor:
         """Bool ``(B, M)``: keys inside the spans of their prompt."""

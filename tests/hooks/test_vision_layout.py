@@ -495,3 +495,8 @@ def test_a_grid_says_where_its_patches_lie() -> None:
     assert span.positions.tolist() == [2, 3, 4, 5, 10, 11, 12, 13, 14]
     assert span.patches(PatchGrid(1, 2, 3, 4)).tolist() == [[3, 4, 5], [11, 12, 13]]
     assert span.separators().tolist() == [2, 10, 14]
+
+
+def test_tokens_without_a_batch_are_refused() -> None:
+    with pytest.raises(AttnHooksError, match="token-shape"):
+        attn_hooks.layout_of(vlms.CASES["llava"].model(), torch.arange(5))

@@ -51,6 +51,20 @@ def test_the_image_is_found_in_a_padded_batch_and_in_decode(llava: LlavaForCondi
         assert torch.equal(logits, expected[step])
 
 
+@torch.no_grad()
+def test_a_prompt_without_an_image_is_left_as_it_is(llava: LlavaForConditionalGeneration) -> None:
+    """Beside one with an image, in the prompt and in decode."""
+    settings = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    inputs = prompt() | {"pixel_values": prompt()["pixel_values"][:1]}
+    inputs["input_ids"][1, 3:7] = 5
+    plain = llava.generate(**inputs, **settings).logits
+    with attn_hooks.editing(llava, PASTA(spans="image", alpha=0.05)):
+        found = llava.generate(**inputs, **settings).logits
+    for step, logits in enumerate(found):
+        torch.testing.assert_close(logits[1], plain[step][1])
+        assert not torch.allclose(logits[0], plain[step][0])
+
+
 def test_the_vision_tower_is_left_alone(llava: LlavaForConditionalGeneration) -> None:
     info = attn_hooks.inspect_model(llava)
     assert [layer.index for layer in info.layers] == list(range(5))
