@@ -499,4 +499,4 @@ def test_a_grid_says_where_its_patches_lie() -> None:
 
 def test_tokens_without_a_batch_are_refused() -> None:
     with pytest.raises(AttnHooksError, match="token-shape"):
-        attn_hooks.layout_of(vlms.CASES["llava"].model(), torch.arange(5))
+        attn_hooks.layout_of(CASES["llava"].model(), torch.arange(5))
