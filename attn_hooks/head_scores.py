@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from attn_hooks.call import AttentionCall
 from attn_hooks.edit import Edit, Reads, Scope, Writes
+from attn_hooks.errors import AttnHooksError
+from attn_hooks.last_row import last_row_outputs
+from attn_hooks.methods.vhr import vision_aware_head_divergence
 from attn_hooks.model_info import ModelInfo, inspect_model
 from attn_hooks.prompt import answering_rows, image_keys, rows_after_images
 from attn_hooks.wrapping import EditNeverActedWarning, editing
@@ -20,13 +23,14 @@ from attn_kernels import Primitive
 MEASURES = {
     "image_mass": "weight on the image, in the last row of the prompt",
     "image_mass_of_text": "weight on the image, averaged over the text behind it",
+    "vhd": "vision-aware head divergence: how far the head's output in that row moves when the image is taken away",
 }
 
 
 @dataclass(frozen=True)
 class HeadScores:
     """``by_measure``: for each name in ``MEASURES`` a float32 tensor ``(layers, heads)``, averaged over the prompts that have an
-    image; NaN where a layer has fewer heads than others. Row r is layer ``layers[r]``.
+    image; NaN where a layer has fewer heads than others. Row r is layer ``layers[r]``. ``missing``: why a measure is not there.
 
     ``tokens`` and ``image_tokens`` count the prompts that have an image.
     """
@@ -36,6 +40,7 @@ class HeadScores:
     by_measure: dict[str, Tensor]
     tokens: int
     image_tokens: int
+    missing: dict[str, str] = field(default_factory=dict)
 
     def ranked(self, measure: str) -> list[tuple[int, int, float]]:
         """(layer, head, score), the largest first."""
@@ -75,6 +80,27 @@ class _ImageMass(Edit):
         return []
 
 
+class _Divergence(Edit):
+    """Reads each head's output with and without the image (VHR, arXiv 2412.13949) and edits nothing."""
+
+    method: ClassVar[str] = "score_heads"
+    source: ClassVar[str] = "a measurement"
+    reads: ClassVar[frozenset[Reads]] = frozenset({"query", "key", "value", "output", "tokens"})
+    writes: ClassVar[Writes] = "output"
+    scope: ClassVar[Scope] = "per-row"
+    needs_companions: ClassVar[bool] = True
+
+    _found: dict[int, dict[str, Tensor]] = PrivateAttr(default_factory=dict)
+
+    def primitives(self, call: AttentionCall) -> list[Primitive]:
+        prompts = call.batch - call.companions
+        outputs = last_row_outputs(self, call)
+        divergence = vision_aware_head_divergence(outputs[:prompts], outputs[-prompts:], outlier=None)
+        with_image = call.layout.is_image[:prompts].any(1).to(divergence.device)
+        self._found[call.layer] = {"vhd": divergence[with_image].mean(0).float().cpu()}
+        return []
+
+
 def _averaged(mass: Tensor, rows: Tensor) -> Tensor:
     """``(h,)`` from masses ``(B, h, N)``: the mean over the rows ``(B, N)`` of a prompt, then over prompts that have any."""
     by_prompt = torch.where(rows[:, None], mass, 0.0).sum(-1) / rows.sum(-1).clamp(min=1)[:, None]
@@ -85,23 +111,33 @@ def _averaged(mass: Tensor, rows: Tensor) -> Tensor:
 def score_heads(model: nn.Module, **inputs: Any) -> HeadScores:
     """Runs ``model(**inputs)``, what a processor gave for prompts with images, and measures each head of each layer.
 
-    Under the edits in force on the model. Raises ``EditError`` where no key is an image's.
+    Under the edits in force on the model; by two forwards, one of them with companion rows (``lockstep.py``), without which
+    ``vhd`` is missing. Raises ``EditError`` where no key is an image's.
     """
-    edit = _ImageMass()
+    masses, divergence = _ImageMass(), _Divergence()
+    missing: dict[str, str] = {}
     with warnings.catch_warnings():
-        # It reads only, which is not acting.
+        # They read only, which is not acting.
         warnings.simplefilter("ignore", EditNeverActedWarning)
-        with editing(model, edit):
+        with editing(model, masses):
             model(**inputs)
-    layers = tuple(sorted(edit._found))
+        try:
+            with editing(model, divergence):
+                model(**inputs)
+        except AttnHooksError as refusal:
+            missing["vhd"] = str(refusal)
+    layers = tuple(sorted(masses._found))
+    found = {layer: masses._found[layer] | divergence._found.get(layer, {}) for layer in layers}
     most = max(layer.num_heads for layer in inspect_model(model).layers)
     by_measure = {
         name: torch.stack(
             [
-                torch.nn.functional.pad(found, (0, most - len(found)), value=torch.nan)
-                for found in (edit._found[layer][name] for layer in layers)
+                torch.nn.functional.pad(scores, (0, most - len(scores)), value=torch.nan)
+                for scores in (found[layer][name] for layer in layers)
             ]
         )
         for name in MEASURES
+        if name not in missing
     }
-    return HeadScores(inspect_model(model).model_class, layers, by_measure, *edit._counts)
+    tokens, image_tokens = masses._counts
+    return HeadScores(inspect_model(model).model_class, layers, by_measure, tokens, image_tokens, missing)

@@ -361,6 +361,8 @@ def score_heads(
         for row in about["ranked"][:top]:
             table.add_row(str(row["layer"]), str(row["head"]), f"{row['score']:.4f}")
         console.print(table)
+    for name, reason in measured["missing"].items():
+        console.print(f"{name} is missing: {reason}", markup=False, soft_wrap=True)
     console.print(f"{measured['image_tokens']} of {measured['tokens']} tokens are the image's")
     console.print(f"written to {escape(str(output))}: head_scores.json, head_scores.png", soft_wrap=True)
 

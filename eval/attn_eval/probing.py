@@ -99,7 +99,9 @@ def scored_heads(model: str, prompt: str, images: list[Path], dtype: str, device
                 ],
             }
             for name, meaning in MEASURES.items()
+            if name in scores.by_measure
         },
+        "missing": scores.missing,
     }
 
 

@@ -9,7 +9,8 @@ import torch
 
 import attn_hooks
 from attn_hooks import PASTA, AttnHooksError
-from attn_hooks.head_scores import MEASURES, score_heads
+from attn_hooks.head_scores import score_heads
+from attn_hooks.model_info import MARKS_OF_IMAGE
 from tests.hooks import vlms
 from tests.models import gemma2, left_padded, llama, prompts
 
@@ -69,7 +70,38 @@ def test_the_edits_in_force_count() -> None:
     with attn_hooks.editing(model, PASTA(spans="image", alpha=0.01)):
         after = score_heads(model, **inputs).by_measure
         assert len(attn_hooks.edits_in_force(model)) == 1
-    assert all((after[name] > before[name]).all() for name in MEASURES)
+    assert all((after[name] > before[name]).all() for name in ("image_mass", "image_mass_of_text"))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "internvl"])
+@torch.no_grad()
+def test_divergence_is_that_of_two_forwards(family: str) -> None:
+    case = vlms.CASES[family]
+    model: Any = case.model()
+    marks = {getattr(model.config, name, None) for name in MARKS_OF_IMAGE}
+    text = vlms.batch_of([[token for token in row if token[1] is None and token[0] not in marks] for row in case.rows])
+    heads: list[torch.Tensor] = []
+    layers = attn_hooks.inspect_model(model).layers
+    handles = [
+        layer.module.o_proj.register_forward_pre_hook(
+            lambda _module, args: heads.append(args[0][:, -1].unflatten(-1, (4, -1)))
+        )
+        for layer in layers
+    ]
+    model(**case.inputs())
+    model(**text)
+    for handle in handles:
+        handle.remove()
+    found = score_heads(model, **case.inputs()).by_measure["vhd"]
+    for place in range(len(layers)):
+        distance = (heads[place] - heads[len(layers) + place]).norm(dim=-1)
+        torch.testing.assert_close(found[place], distance[[0, 2]].mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_measure_that_cannot_be_had_says_why() -> None:
+    scores = score_heads(vlms.CASES["gemma3"].model(), **vlms.CASES["gemma3"].inputs())
+    assert "vhd" not in scores.by_measure
+    assert "Gemma3" in scores.missing["vhd"]
 
 
 def test_heads_are_ranked() -> None:
