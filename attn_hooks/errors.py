@@ -282,6 +282,12 @@ CATALOGUE: dict[str, Entry] = {
         "The second stream starts with the prompt, images included.",
         "Wrap first, then run the prompt.",
     ),
+    "stream-later-image": Entry(
+        UnsupportedArgumentError,
+        "{model}: an image came after the first forward of its sequence, and the second stream of {method} was made of the first.",
+        "Later turns may bring text; what a later image is to the second stream is not defined.",
+        "Give all images in the first forward, or start the sequence anew with the whole conversation.",
+    ),
     "stream-captured": Entry(
         UnsupportedArgumentError,
         "{model}: this forward is being captured in a CUDA graph, and {method} decides on the host whether its second stream runs.",

@@ -96,8 +96,9 @@ class Lockstep:
         prompts, in_flight.companions = in_flight.companions, 0
         if not prompts:
             return None
-        cache = output.get("past_key_values") if isinstance(output, ModelOutput) else None
-        if isinstance(cache, Cache):
+        parts = output.values() if isinstance(output, ModelOutput) else output
+        cache = next((part for part in parts if isinstance(part, Cache)), None)
+        if cache is not None:
             cache.batch_select_indices(torch.arange(prompts, device=output[0].device))
         if in_flight.current is not None:
             in_flight.current.keep_rows(prompts)

@@ -249,8 +249,9 @@ class StreamRunner:
         logits = output.logits if hasattr(output, "logits") else output[0]
         if is_captured(logits):
             raise error("stream-captured", method=self.edit.method, model=self.model.model_class)
-        cache = getattr(output, "past_key_values", None) or given.get("past_key_values")
-        cache = cache if isinstance(cache, Cache) else None
+        returned = (output.get("past_key_values"),) if hasattr(output, "logits") else output
+        candidates = (*returned, given.get("past_key_values"))
+        cache = next((candidate for candidate in candidates if isinstance(candidate, Cache)), None)
         if self.in_flight.past == 0:
             state = self._begin(outer, given)
             self._keep(cache, state)
@@ -258,6 +259,9 @@ class StreamRunner:
             state = getattr(cache, STREAMS_ATTRIBUTE, {}).get(self.tracker.key)
             if state is None and self.tracker.key not in getattr(cache, STREAMS_ATTRIBUTE, {}):
                 raise error("stream-no-prompt", method=self.edit.method, model=self.model.model_class)
+            sequence = self.tracker.in_flight.current
+            if sequence is not None and any(image.start >= self.in_flight.past for image in sequence.layout.images):
+                raise error("stream-later-image", method=self.edit.method, model=self.model.model_class)
             if state is not None:
                 state.waiting.append(given)
         self.in_flight.embeddings = None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 from torch import Tensor
 
 import attn_hooks
-from attn_hooks import DAMRO, PAI, streams
+from attn_hooks import DAMRO, PAI, VHR, streams
 from attn_hooks.errors import AttnHooksError
 from attn_hooks.methods.vcd import VCD, signal_kept
 from attn_hooks.model_info import MARKS_OF_IMAGE
@@ -277,3 +280,54 @@ def test_what_cannot_be_followed_is_refused() -> None:
         text_only = {name: value for name, value in inputs.items() if name != "pixel_values"}
         if "mm_encoder_outputs" in model.forward.__code__.co_varnames:
             refused("no-pixels", lambda: model(**text_only, mm_encoder_outputs={"image": features}))
+
+
+@torch.no_grad()
+def test_a_later_turn_of_text_goes_on_and_one_with_an_image_is_refused() -> None:
+    from transformers import DynamicCache
+
+    case = vlms.CASES["llava"]
+    model, inputs, edit = case.model(), case.inputs(), VCD(alpha=0.7, beta=0.0)
+    one = {name: value[2:] for name, value in inputs.items()}
+    more = torch.tensor([[7, 8, 9]])
+    mask = torch.cat([one["attention_mask"], torch.ones_like(more)], 1)
+    positions = (mask.cumsum(1) - 1)[:, -3:]
+    with attn_hooks.editing(model, edit):
+        cache = DynamicCache(config=model.config.get_text_config())
+        model(**one, past_key_values=cache)
+        found = model(input_ids=more, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+        pictured = torch.cat([more, torch.full((1, vlms.SQUARE), vlms.IMAGE)], 1)
+        refused(
+            "stream-later-image",
+            lambda: model(input_ids=pictured, pixel_values=one["pixel_values"], past_key_values=cache),
+        )
+    for place in range(3):
+        main, other = (logits_of(model, given, more[:, : place + 1]) for given in (one, noised(one, edit)))
+        torch.testing.assert_close(found[:, place], 1.7 * main - 0.7 * other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("edit", [VCD(beta=0.3), VHR(layers=(0, 1)), PAI(layers=(0, 1))], ids=str)
+@torch.no_grad()
+def test_the_ways_to_call_a_model_agree(edit: Any) -> None:
+    """Tuples, hidden states, no cache, a copy of the wrapped model, another thread, and after a forward that failed."""
+    model, inputs = vlms.CASES["llava"].model(), vlms.CASES["llava"].inputs()
+    with attn_hooks.editing(model, edit):
+        # Before the first forward: transformers' own hooks, which that adds, cannot be pickled.
+        unpickled = pickle.loads(pickle.dumps(model))
+        expected = model(**inputs).logits
+        torch.testing.assert_close(unpickled(**inputs).logits, expected)
+        assert torch.equal(model(**inputs, return_dict=False)[0], expected)
+        full = model(**inputs, output_hidden_states=True)
+        assert torch.equal(full.logits, expected)
+        assert all(len(hidden) == 3 for hidden in full.hidden_states)
+        torch.testing.assert_close(model(**inputs, use_cache=False).logits, expected)
+        torch.testing.assert_close(copy.deepcopy(model)(**inputs).logits, expected)
+        with ThreadPoolExecutor(2) as pool:
+            for logits in pool.map(lambda _: model(**inputs).logits, range(4)):
+                torch.testing.assert_close(logits, expected)
+        with pytest.raises((ValueError, RuntimeError)):
+            model(**(inputs | {"pixel_values": inputs["pixel_values"][:1]}))
+        assert torch.equal(model(**inputs).logits, expected)
+        torch.manual_seed(0)
+        sampled = model.generate(**inputs, do_sample=True, num_return_sequences=1, max_new_tokens=4)
+        assert sampled.shape[0] == 3
