@@ -11,7 +11,7 @@ from torch import Tensor
 from testbed.vlm.classes import COLOURS, GROUPS
 from testbed.vlm.draws import GOLDEN, Draws, mixed
 from testbed.vlm.glyphs import BORDER_BEFORE, LEVEL_OFFSETS, LEVELS, atlas, level_stride
-from testbed.vlm.layout import IMAGE_SIZE, OBJECTS, Difficulty, Layout, rotations
+from testbed.vlm.layout import IMAGE_SIZE, Difficulty, Layout, rotations
 
 CLOUD_CELL = 32
 CLOUD_SIDE = IMAGE_SIZE // CLOUD_CELL + 2
@@ -59,15 +59,18 @@ class Placement:
         self.painted = layout.paints > 0
         self.colour = tables["colours"][layout.paints]
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.xx, self.xy, self.yx, self.yy, self.x, self.y, self.centre, self.last, self.stride, self.start,
-                self.opacity, self.painted, self.colour)  # fmt: skip
+    def objects(self) -> list[tuple[Tensor, ...]]:
+        """One object a scene after another, in drawing order: its values ``(batch,)``, its colour ``(batch, 1, 3)``."""
+        values = (self.xx, self.xy, self.yx, self.yy, self.x, self.y, self.centre, self.last, self.stride, self.start,
+                  self.opacity, self.painted, self.colour[:, :, None])  # fmt: skip
+        # Contiguous, so that a compiled function meets the same layout eight times.
+        return list(zip(*(value.transpose(0, 1).contiguous().unbind(0) for value in values), strict=True))
 
 
-def _sample(texels: Tensor, placed: tuple[Tensor, ...], index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Object ``index`` on the whole canvas: red, green, blue (multiplied by alpha) and alpha, ``(batch, H, W)``."""
+def _sample(texels: Tensor, placed: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One object a scene on the whole canvas: red, green, blue (multiplied by alpha) and alpha, ``(batch, H, W)``."""
     xx, xy, yx, yy, x, y, centre, last, stride, start, opacity, painted, colour = (
-        value[:, index, None, None] if value.ndim == 2 else value[:, index] for value in placed
+        value[:, None, None] if value.ndim == 1 else value for value in placed
     )
     half = 2 * torch.arange(IMAGE_SIZE, device=texels.device, dtype=torch.int32) + 1
     dx, dy = half[None, None, :] - x, half[None, :, None] - y
@@ -88,19 +91,17 @@ def _sample(texels: Tensor, placed: tuple[Tensor, ...], index: int) -> tuple[Ten
     brightness = (77 * red + 150 * green + 29 * blue) >> 8
     shades = []
     for place, value in enumerate((red, green, blue)):
-        paint = torch.minimum((brightness * colour[:, place, None, None]) >> 7, alpha)
+        paint = torch.minimum((brightness * colour[:, :, place, None]) >> 7, alpha)
         shades.append((torch.where(painted, paint, value) * opacity) >> 8)
     return shades[0], shades[1], shades[2], (alpha * opacity) >> 8
 
 
-def _compose(
-    texels: Tensor, placed: tuple[Tensor, ...], upper: Tensor, lower: Tensor, cloud: Tensor, gain: Tensor, shift: Tensor
-) -> Tensor:
-    """Background and objects, ``(batch, 3, H, W)`` int32, 0 to 255."""
+def _background(upper: Tensor, lower: Tensor, cloud: Tensor) -> Tensor:
+    """The empty canvas, ``(3, batch, H, W)`` int32, 0 to 255."""
     batch = len(upper)
-    line = torch.arange(IMAGE_SIZE, device=texels.device, dtype=torch.int32)
+    line = torch.arange(IMAGE_SIZE, device=upper.device, dtype=torch.int32)
     cell, part = line // CLOUD_CELL, line % CLOUD_CELL
-    first = torch.arange(batch, device=texels.device)[:, None, None]
+    first = torch.arange(batch, device=upper.device)[:, None, None]
     rows, columns, down, along = cell[None, :, None], cell[None, None, :], part[None, :, None], part[None, None, :]
     side = CLOUD_CELL
     haze = (
@@ -112,16 +113,20 @@ def _compose(
     for place in range(3):
         high, low = upper[:, place, None, None], lower[:, place, None, None]
         channels.append((high + (((low - high) * height) >> 8) + haze).clamp(0, 255))
-    for index in range(OBJECTS):
-        *shades, alpha = _sample(texels, placed, index)
-        rest = 256 - (alpha + (alpha >> 7))
-        channels = [((channel * rest) >> 8) + shade for channel, shade in zip(channels, shades, strict=True)]
-    picture = torch.stack(channels, dim=1)
-    return ((((picture - 128) * gain[:, None, None, None]) >> 8) + 128 + shift[:, None, None, None]).clamp(0, 255)
+    return torch.stack(channels)
 
 
-def _finish(picture: Tensor, keys: Tensor, blur: Tensor, noise: Tensor) -> Tensor:
-    """Blur, then noise; uint8."""
+def _draw(canvas: Tensor, texels: Tensor, *placed: Tensor) -> Tensor:
+    """The canvas with one object more."""
+    *shades, alpha = _sample(texels, placed)
+    rest = 256 - (alpha + (alpha >> 7))
+    return torch.stack([((channel * rest) >> 8) + shade for channel, shade in zip(canvas, shades, strict=True)])
+
+
+def _finish(canvas: Tensor, keys: Tensor, gain: Tensor, shift: Tensor, blur: Tensor, noise: Tensor) -> Tensor:
+    """Contrast and brightness, blur, then noise; ``(batch, 3, H, W)`` uint8."""
+    picture = canvas.transpose(0, 1)
+    picture = ((((picture - 128) * gain[:, None, None, None]) >> 8) + 128 + shift[:, None, None, None]).clamp(0, 255)
     for step in range(BLUR_PASSES):
         wide = torch.cat([picture[..., :1], picture, picture[..., -1:]], dim=-1)
         wide = (wide[..., :-2] + 2 * wide[..., 1:-1] + wide[..., 2:] + 2) >> 2
@@ -146,8 +151,11 @@ class Renderer:
     def __init__(self, device: torch.device | str, difficulty: Difficulty, *, compiled: bool = False) -> None:
         self.texels = atlas(device)
         self.difficulty = difficulty
-        self.compose: Callable[..., Tensor] = torch.compile(_compose, dynamic=False) if compiled else _compose
-        self.finish: Callable[..., Tensor] = torch.compile(_finish, dynamic=False) if compiled else _finish
+        # One object at a time: a graph of all eight takes half a minute to compile and is hardly faster.
+        parts: list[Callable[..., Tensor]] = [_background, _draw, _finish]
+        self.background, self.draw, self.finish = (
+            [torch.compile(part, dynamic=False) for part in parts] if compiled else parts
+        )
 
     def __call__(self, layout: Layout) -> Tensor:
         """The pictures, ``(batch, 3, 144, 144)`` uint8."""
@@ -165,8 +173,10 @@ class Renderer:
         blur = draws.weighted("blur", (1 - once - twice - thrice, once, twice, thrice)).int()
         deviation = draws.below("noise", 1, self.difficulty.noise + 1)[:, 0]
         noise = (deviation.long() * round(65536 * 16 / BYTES_DEVIATION) // 16).int()
-        picture = self.compose(self.texels, Placement(layout).tensors(), upper, lower, cloud, gain, shift)
-        return self.finish(picture, layout.keys, blur, noise)
+        canvas = self.background(upper, lower, cloud)
+        for placed in Placement(layout).objects():
+            canvas = self.draw(canvas, self.texels, *placed)
+        return self.finish(canvas, layout.keys, gain, shift, blur, noise)
 
     def visible(self, layout: Layout) -> tuple[Tensor, Tensor]:
         """Where each object is seen.
@@ -177,8 +187,7 @@ class Renderer:
         """
         whole = Placement(layout)
         whole.opacity = torch.where(layout.classes >= 0, 256, 0).int()
-        placed = whole.tensors()
-        covered = torch.stack([_sample(self.texels, placed, index)[3] >= 128 for index in range(OBJECTS)], dim=1)
+        covered = torch.stack([_sample(self.texels, placed)[3] >= 128 for placed in whole.objects()], dim=1)
         behind = covered.flip(1).int().cumsum(1).flip(1) - covered.int()
         return covered & (behind == 0), covered.flatten(2).sum(2)
 
