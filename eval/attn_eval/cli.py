@@ -168,6 +168,12 @@ def run(
     save_data: Annotated[
         bool, typer.Option("--save-data", help="Also write each task's questions to data/TASK.jsonl.")
     ] = False,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(
+            help="The folder of another run on this model and data: its answers without edits are taken over."
+        ),
+    ] = None,
 ) -> None:
     """Run a recipe: the same questions to the model as it is and to the edited one, with paired statistics.
 
@@ -189,7 +195,9 @@ def run(
     from attn_eval.runner import run_recipe
 
     _silence_loading_bars()
-    results = run_recipe(loaded, folder, limit=limit, save_data=save_data, console=Console(stderr=True))
+    results = run_recipe(
+        loaded, folder, limit=limit, save_data=save_data, baseline=baseline, console=Console(stderr=True)
+    )
     console = _out()
     console.print(console_table(results["metrics"], loaded.name))
     for note in results["notes"]:

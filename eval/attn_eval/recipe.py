@@ -170,7 +170,14 @@ class Recipe(BaseModel):
 
     def fingerprint(self) -> str:
         """The sha256 of everything that can change a result: all but name, description and published figures."""
-        relevant = self.model_dump(mode="json", exclude={"name", "description", "published"})
+        return self._sha256_without("name", "description", "published")
+
+    def baseline_fingerprint(self) -> str:
+        """The sha256 of everything that can change what the model as it is answers."""
+        return self._sha256_without("name", "description", "published", "edits")
+
+    def _sha256_without(self, *keys: str) -> str:
+        relevant = self.model_dump(mode="json", exclude=set(keys))
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 
 

@@ -11,13 +11,12 @@ from typing import Any
 from attn_eval.figures import Metric, Scored, figures_of
 from attn_eval.perplexity import PerplexityTask, Window, WindowScore, summarise
 from attn_eval.rows import Row
-from attn_eval.run_log import Record
+from attn_eval.run_log import BASELINE, EDITED, Record
 from attn_eval.statistics import compare_paired, interval_of
 from attn_eval.tasks import GenerationTask, LengthTask, TaskSettings
 from attn_eval.tasks.images import ImageTask, Question
 from attn_eval.tasks.needle_grid import NeedleGridTask
 
-BASELINE, EDITED = "baseline", "edited"
 ALL_LENGTHS = "all"
 ALL_TASKS = "average"
 

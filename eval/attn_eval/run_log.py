@@ -14,6 +14,7 @@ FORMAT_VERSION = 1
 SAMPLES = "samples.jsonl"
 REPORTS = "reports.jsonl"
 RESULTS = "results.json"
+BASELINE, EDITED = "baseline", "edited"
 
 Record = dict[str, Any]
 
@@ -46,6 +47,8 @@ class RunLog:
                 existing.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
             except OSError as problem:
                 raise EvaluationError(f"{folder} can't be written: {problem.strerror or problem}") from problem
+        _mend(folder / SAMPLES)
+        _mend(folder / REPORTS)
         self.records: dict[tuple[str, str], Record] = {}
         for record in _complete_lines(folder / SAMPLES):
             self.records[record["run"], record["id"]] = record
@@ -53,6 +56,23 @@ class RunLog:
     def has(self, run: str, sample: str) -> bool:
         """Whether that sample of that run (baseline or edited) is in the log."""
         return (run, sample) in self.records
+
+    def take_baseline(self, other: Path) -> None:
+        """Copy the answers of the model as it is from another run's log, as far as it holds them.
+
+        Raises:
+            EvaluationError: there is no run in the folder, or one whose model as it is might answer otherwise.
+        """
+        if not (other / MANIFEST).is_file():
+            raise EvaluationError(f"no run.json in {other}: give --baseline the folder of another 'attn-hooks run'")
+        mine, its = ({**_read_json(folder / MANIFEST), "recipe": None} for folder in (self.folder, other))
+        changed = sorted(key for key in {*mine, *its} if mine.get(key) != its.get(key))
+        if changed:
+            raise EvaluationError(
+                f"{other} holds a run that differs in its {' and '.join(changed).replace('_', ' ')}, so its baseline is not "
+                "this one's: leave --baseline out"
+            )
+        self.add([record for record in _complete_lines(other / SAMPLES) if record["run"] == BASELINE])
 
     def add(self, records: Iterable[Record]) -> None:
         """Write records that are not there yet; they are on the disk when this returns."""
@@ -95,17 +115,23 @@ def load_results(folder: Path) -> dict[str, Any]:
 
 
 def _complete_lines(path: Path) -> list[Record]:
-    """The JSON lines of a log. A last line that a kill cut short is taken off the file."""
+    """The JSON lines of a log, but for a last one that a kill cut short."""
     if not path.is_file():
         return []
     content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        path.write_bytes(whole)
     try:
-        return [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+        return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].decode("utf-8").splitlines()]
     except ValueError as error:
         raise EvaluationError(f"{path} is damaged ({error}): give another folder, or --overwrite") from error
+
+
+def _mend(path: Path) -> None:
+    """Take a last line that a kill cut short off the file."""
+    if path.is_file():
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            path.write_bytes(whole)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

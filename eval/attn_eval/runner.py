@@ -26,8 +26,6 @@ from attn_eval.prompting import PromptEncoder
 from attn_eval.recipe import Recipe
 from attn_eval.report import write_report
 from attn_eval.results import (
-    BASELINE,
-    EDITED,
     Items,
     Records,
     average_metric,
@@ -38,7 +36,7 @@ from attn_eval.results import (
     timing_of,
 )
 from attn_eval.rows import Row, data_sha256, write_rows
-from attn_eval.run_log import FORMAT_VERSION, Record, RunLog
+from attn_eval.run_log import BASELINE, EDITED, FORMAT_VERSION, Record, RunLog
 from attn_eval.tasks import GenerationTask, LengthTask, TaskSettings
 from attn_eval.tasks.images import ImageTask, Question, Reply, decode
 from attn_eval.yes_no import NO, YES
@@ -81,6 +79,7 @@ def run_recipe(
     *,
     limit: int | None = None,
     save_data: bool = False,
+    baseline: Path | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Run a recipe and write ``results.json``, ``table.md`` and, for a grid, a heat map into ``folder``.
@@ -92,6 +91,7 @@ def run_recipe(
         folder: made if it isn't there.
         limit: at most so many samples of each task (of each cell of a grid); sample i stays the same.
         save_data: also write each task's rows to ``data/<task>.jsonl``.
+        baseline: the folder of another run on the same model and data, whose answers without edits are taken over.
         console: where progress goes; the standard error output by default.
 
     Returns:
@@ -116,6 +116,8 @@ def run_recipe(
             if rows:
                 write_rows(rows, folder / "data" / f"{task.settings.name}.jsonl")
     log = RunLog(folder, _manifest(recipe, model, prepared, limit))
+    if baseline is not None:
+        log.take_baseline(baseline)
 
     notes = _notes(asker, prepared)
     runs = [BASELINE, EDITED] if edits else [BASELINE]
@@ -312,6 +314,7 @@ def _manifest(recipe: Recipe, model: Any, prepared: Sequence[PreparedTask], limi
     return {
         "format_version": FORMAT_VERSION,
         "recipe": recipe.fingerprint(),
+        "baseline_recipe": recipe.baseline_fingerprint(),
         "sample_limit": limit,
         "model_weights": _weights_fingerprint(model),
         "data": {task.settings.name: task.sha256 for task in prepared},

@@ -127,12 +127,27 @@ def test_another_recipe_is_not_mixed_into_a_run(
     with_answers(monkeypatch, lambda row, edited: oracles.oracle(row))
     run_recipe(recipe, tmp_path, console=QUIET)
     other = recipe.model_copy(update={"seed": 1})
-    with pytest.raises(EvaluationError, match="differs in its data and recipe"):
+    with pytest.raises(EvaluationError, match="differs in its baseline recipe and data and recipe"):
         run_recipe(other, tmp_path, console=QUIET)
     with pytest.raises(EvaluationError, match="sample limit"):
         run_recipe(recipe, tmp_path, limit=1, console=QUIET)
     forget_run(tmp_path)
     run_recipe(other, tmp_path, console=QUIET)
+
+
+def test_a_sweep_asks_the_baseline_once(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_answers(monkeypatch, lambda row, edited: oracles.oracle(row))
+    whole = run_recipe(recipe, tmp_path / "whole", console=QUIET)
+    run_recipe(recipe.model_copy(update={"edits": ()}), tmp_path / "none", console=QUIET)
+    with_answers(monkeypatch, lambda row, edited: oracles.oracle(row) if edited else pytest.fail("asked again"))
+    results = run_recipe(recipe, tmp_path / "edited", baseline=tmp_path / "none", console=QUIET)
+    assert results["metrics"] == whole["metrics"]
+
+    with pytest.raises(EvaluationError, match=r"no run.json .* give --baseline"):
+        run_recipe(recipe, tmp_path / "other", baseline=tmp_path, console=QUIET)
+    other = recipe.model_copy(update={"batch_size": recipe.batch_size + 1})
+    with pytest.raises(EvaluationError, match="differs in its baseline recipe, so its baseline is not"):
+        run_recipe(other, tmp_path / "third", baseline=tmp_path / "none", console=QUIET)
 
 
 def test_two_runs_are_compared_pair_by_pair_where_the_data_agree(
