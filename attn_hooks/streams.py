@@ -39,7 +39,7 @@ OF_EACH_TOKEN = ("input_ids", "position_ids", "token_type_ids", "mm_token_type_i
 class Prompt:
     """What a second stream is made of. ``given``: the arguments of the model's forward; ``embeddings`` ``(B, N, E)``: its
     tokens and images as the decoder got them; ``tokens`` ``(B, N)``, ``layout`` what each of them is. ``class_attention``: for
-    methods that read ``vision``, what class_token.py read."""
+    methods that read ``vision``, what class_token.py read. ``of_forward``: what the edits of its attention left there."""
 
     given: Mapping[str, Any]
     embeddings: Tensor
@@ -47,6 +47,7 @@ class Prompt:
     layout: TokenLayout
     model: ModelInfo
     class_attention: dict[str, list[Tensor]] | None = None
+    of_forward: Mapping[Any, Any] = field(default_factory=dict)
 
     @property
     def image(self) -> Tensor:
@@ -284,7 +285,7 @@ class StreamRunner:
         if self.edit.changes_pixels and _is_repeated(tokens) and any(span.image for span in sequence.layout.images):
             raise error("stream-beams", method=self.edit.method, model=self.model.model_class)
         seen = sequence.of_forward.get((CLASS_ATTENTION,))
-        prompt = Prompt(given, embeddings, tokens, sequence.layout, self.model, seen)
+        prompt = Prompt(given, embeddings, tokens, sequence.layout, self.model, seen, sequence.of_forward)
         second = self.edit.second_stream(prompt)
         positions = given.get("position_ids")
         after_image = torch.where(
