@@ -3,7 +3,7 @@
     python -m testbed.vlm.scenes --out out/vlm_test --split test
     python -m testbed.vlm.scenes --out out/vlm_val --split val --scenes 100
 
-``test`` has every object's companion missing, ``val`` is as the training scenes are. The folder holds
+``test`` and ``tune`` have every object's companion missing, ``val`` is as the training scenes are. The folder holds
 
 | file | what |
 |---|---|

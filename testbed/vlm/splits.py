@@ -40,7 +40,10 @@ class Split:
 SPLITS = {
     "test": Split("test", seed=1001, broken=True),
     "val": Split("val", seed=1002, broken=False),
+    # As test, for choosing hyperparameters.
+    "tune": Split("tune", seed=1003, broken=True, scenes=250),
 }
+MEASURED = ("test", "val")
 
 
 @functools.cache

@@ -33,7 +33,7 @@ from testbed.vlm.layout import draw_layouts  # noqa: E402
 from testbed.vlm.measure import QUESTION_LENGTH, Examiner  # noqa: E402
 from testbed.vlm.model import SlotForward, load_weights, new_model, save_weights  # noqa: E402
 from testbed.vlm.render import Renderer, pixel_values  # noqa: E402
-from testbed.vlm.splits import DIFFICULTY, SPLITS, TRAIN_SEED  # noqa: E402
+from testbed.vlm.splits import DIFFICULTY, MEASURED, SPLITS, TRAIN_SEED  # noqa: E402
 from testbed.vlm.text import Tokens, Writer  # noqa: E402
 
 CAPTION_LENGTH = 74
@@ -156,7 +156,7 @@ class Trainer:
         result: dict[str, Any] = {"seconds": round(began, 1), "step": self.step}
         try:
             renderer = Renderer(self.device, DIFFICULTY)
-            for split in SPLITS.values():
+            for split in (SPLITS[name] for name in MEASURED):
                 layout = split.layout(self.device)[:scenes]
                 pictures = torch.cat([renderer(layout[start : start + 125]) for start in range(0, len(layout), 125)])
                 # The pictures are the same on every device; this shows it.
@@ -166,7 +166,11 @@ class Trainer:
             traceback.print_exc()
         self.model.train()
         self.curve.append(result)
-        log(step=self.step, measured={k: v for k, v in result.items() if k in SPLITS}, took=round(seconds() - began, 1))
+        log(
+            step=self.step,
+            measured={k: v for k, v in result.items() if k in MEASURED},
+            took=round(seconds() - began, 1),
+        )
         self.write()
 
     def write(self) -> None:

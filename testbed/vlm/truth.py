@@ -1,0 +1,371 @@
+"""What every intervention does to testbed-vlm: POPE and CHAIR at its defaults, and at the best of a small grid.
+
+    python -m testbed.vlm.truth run --work out/truth --processes 12      # tune, choose, test; goes on where it was stopped
+    python -m testbed.vlm.truth run --work out/truth --methods pai,vhr --scenes 50
+    python -m testbed.vlm.truth table bench/results/testbed-vlm.json     # the docs' table
+
+Every setting of a method's grid is run on the split ``tune``, whose scenes miss their objects' companions as those of ``test``
+do. One is chosen for POPE (accuracy, mean of the three splits) and one for CHAIR (the lowest CHAIR_S among settings whose recall
+is at most ``RECALL_KEPT`` below the unedited model's; if there is none, the best F1). The defaults and the chosen ones then run
+on ``test``, each paired with the unedited model's answers, greedy. Nothing is chosen on ``test``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from testbed.vlm import MODEL
+from testbed.vlm.evaluate import recipe, scenes_folder
+from testbed.vlm.splits import SPLITS
+
+RECALL_KEPT = 0.02
+DIGITS = 4
+# Where the most of a token's hidden state is in one dimension: testbed-vlm has no sinks at VAR's 20.
+SINK_TAUS = (9.0, 10.0)
+SINK_SCENES = 16
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A method, the settings that differ from its own defaults on this model, and the grid around them."""
+
+    method: str
+    axes: Mapping[str, Sequence[Any]]
+    base: Mapping[str, Any] = field(default_factory=dict)
+
+    def grid(self) -> list[Settings]:
+        return [{**self.base, **dict(zip(self.axes, values, strict=True))} for values in product(*self.axes.values())]
+
+
+# Six layers of four heads: layers and shares of heads are this model's own, strengths are around the published ones.
+ALL_LAYERS, LATE_LAYERS = (0, 1, 2, 3, 4, 5), (3, 4, 5)
+STUDIES = (
+    Study("var", {"tau": SINK_TAUS, "p": (0.0, 0.4, 0.6), "rho": (0.5, 0.8)}),
+    Study("pai", {"alpha": (0.1, 0.2, 0.5), "gamma": (1.0, 1.1, 1.5)}),
+    Study("spin", {"r": (0.75, 0.5), "eps": (0.05, 0.3, 0.6)}),
+    Study("imbalanced", {"alpha": (0.2, 0.4, 0.7), "beta": (0.1, 0.4), "gamma": (1.0, 1.1)}),
+    Study("vhr", {"alpha": (1.2, 1.5, 2.0), "layers": (LATE_LAYERS, ALL_LAYERS), "rows": ("generated", "text")}),
+    Study("eah", {"threshold": (0.002, 0.01, 0.03), "layers": ((0,), (1,), (2,))}),
+    Study("vcd", {"alpha": (0.25, 0.5, 1.0), "step": (300, 500, 700)}),
+    Study("damro", {"alpha": (0.25, 0.5, 1.5), "tokens": (5, 10, 20)}),
+    Study("act", {"beta": (0.2, 0.4, 0.7), "alpha": (3.0, 5.0)}),
+    Study("pasta", {"alpha": (0.01, 0.1, 0.5)}, base={"spans": "image"}),
+)
+
+
+def label(settings: Mapping[str, Any]) -> str:
+    """A folder's name for settings."""
+    told = [f"{name}={value}".replace(" ", "").strip("()") for name, value in settings.items() if name != "dims"]
+    return "_".join(told).replace("(", "").replace(")", "").replace("/", "-") or "default"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and on what a run takes place."""
+
+    model: Path
+    work: Path
+    dtype: str
+    batch: int
+    scenes: int | None
+
+    def scenes_of(self, split: str) -> Path:
+        return scenes_folder(self.work / "scenes", SPLITS[split], self.scenes or SPLITS[split].scenes)
+
+    def folder(self, split: str, method: str, settings: Mapping[str, Any]) -> Path:
+        return self.work / self.dtype / f"{split}_{self.scenes or SPLITS[split].scenes}" / method / label(settings)
+
+
+def measure(place: Place, split: str, method: str | None, settings: Settings) -> list[dict[str, Any]]:
+    """The paired figures of POPE and CHAIR under one edit, or those of the model as it is."""
+    from rich.console import Console
+
+    from attn_eval import run_recipe
+
+    asked = recipe(place.model, place.scenes_of(split))
+    edits = ({"method": method, **settings},) if method else ()
+    asked = asked.model_copy(
+        update={
+            "name": f"testbed-vlm/{split}", "dtype": place.dtype, "batch_size": place.batch, "edits": edits,
+            "tasks": tuple(task for task in asked.tasks if task["task"] != "mme"),
+        }
+    )  # fmt: skip
+    unedited = place.folder(split, "unedited", {})
+    results = run_recipe(
+        asked,
+        place.folder(split, method, settings) if method else unedited,
+        baseline=unedited if method else None,
+        console=Console(quiet=True),
+    )
+    skipped = [
+        edit["second_stream_skipped"]
+        for entry in results["edit_reports"]
+        for edit in entry["report"]["edits"]
+        if edit.get("second_stream_skipped") is not None
+    ]
+    return [*results["metrics"], *({"task": "skipped", "metric": "share", "edited": share} for share in skipped[-1:])]
+
+
+def figures(metrics: Iterable[Mapping[str, Any]], run: str) -> dict[str, float]:
+    """``task/part/metric`` -> value, those that are defined: captions that name nothing have no precision."""
+    return {
+        f"{metric['task']}/{metric['length']}/{metric['metric']}": round(metric[run], DIGITS)
+        for metric in metrics
+        if metric.get(run) is not None and "length" in metric
+    }
+
+
+def choose(tuned: Sequence[tuple[Settings, dict[str, float]]], unedited: Mapping[str, float]) -> dict[str, Settings]:
+    """The settings for POPE and for CHAIR, from figures on the split ``tune``; the first of equals."""
+    keep = unedited["chair/all/recall"] - RECALL_KEPT
+    kept = [(settings, found) for settings, found in tuned if found.get("chair/all/recall", 0.0) >= keep]
+    return {
+        "pope": max(tuned, key=lambda entry: entry[1]["pope/all/accuracy"])[0],
+        "chair": min(kept, key=lambda entry: entry[1]["chair/all/chair_s"])[0]
+        if kept
+        else max(tuned, key=lambda entry: entry[1].get("chair/all/f1", 0.0))[0],
+    }
+
+
+def sink_dims(place: Place) -> dict[float, tuple[int, ...]]:
+    """For each tau the dimensions in which tokens of the split ``tune`` reach it."""
+    import torch
+    from PIL import Image
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    from attn_eval.image_prompts import ImagePrompts
+    from attn_hooks.sinks import find_sink_dims
+    from testbed.vlm.text import DETAILED_PROMPTS
+
+    scenes = sorted((place.scenes_of("tune") / "images").iterdir())[:SINK_SCENES]
+    pictures = [Image.open(scene).convert("RGB") for scene in scenes]
+    prompts = ImagePrompts(AutoProcessor.from_pretrained(place.model))
+    model = LlavaForConditionalGeneration.from_pretrained(place.model, dtype=torch.float32).eval()
+    inputs = prompts.encode([DETAILED_PROMPTS[0]] * len(pictures), pictures)
+    return {tau: tuple(find_sink_dims(model, tau, **inputs).dims) for tau in SINK_TAUS}
+
+
+def _one(place: Place, split: str, method: str | None, settings: Settings) -> Any:
+    import torch
+
+    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+    try:
+        return measure(place, split, method, settings)
+    except Exception:
+        return traceback.format_exc()
+
+
+class Runs:
+    """Runs in several processes; what failed is kept and told at the end."""
+
+    def __init__(self, place: Place, processes: int) -> None:
+        self.place = place
+        self.pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+        self.errors: list[dict[str, Any]] = []
+
+    def __call__(self, split: str, asked: Sequence[tuple[str | None, Settings]]) -> list[Any]:
+        """The metrics of each, None for one that failed."""
+        waiting = {self.pool.submit(_one, self.place, split, *entry): place for place, entry in enumerate(asked)}
+        found: list[Any] = [None] * len(asked)
+        began = time.monotonic()
+        for count, future in enumerate(as_completed(waiting), start=1):
+            place, result = waiting[future], future.result()
+            method, settings = asked[place]
+            if isinstance(result, str):
+                self.errors.append({"split": split, "method": method, "settings": settings, "error": result})
+            else:
+                found[place] = result
+            state = "FAILED" if isinstance(result, str) else "done"
+            print(
+                f"{time.monotonic() - began:6.0f} s {count}/{len(asked)} {split} {method} {label(settings)} {state}",
+                flush=True,
+            )
+        return found
+
+
+def run(place: Place, studies: Sequence[Study], processes: int) -> dict[str, Any]:
+    """Tune, choose, test.
+
+    Returns:
+        ``{"meta", "unedited", "tune", "test", "errors"}``: each row of ``tune`` has method, settings and figures; each of
+        ``test`` method, what its settings are (default, or chosen for pope or chair), settings, and paired metrics.
+    """
+    from attn_eval.environment import describe_environment
+
+    for split in ("tune", "test"):
+        place.scenes_of(split)
+    if any(study.method == "var" for study in studies):
+        dims = sink_dims(place)
+        print(f"dimensions of sinks by tau: {dims}", flush=True)
+    runs = Runs(place, processes)
+
+    def completed(method: str, settings: Settings) -> Settings | None:
+        """With the dimensions that VAR needs; None where no token reaches this tau."""
+        if method != "var":
+            return settings
+        found = dims[settings.get("tau", SINK_TAUS[0])]
+        return {**settings, "tau": settings.get("tau", SINK_TAUS[0]), "dims": found} if found else None
+
+    (tune_unedited,), (test_unedited,) = runs("tune", [(None, {})]), runs("test", [(None, {})])
+    if tune_unedited is None or test_unedited is None:
+        raise RuntimeError(runs.errors[0]["error"])
+    grid = [(study.method, completed(study.method, one)) for study in studies for one in study.grid()]
+    asked = [(method, settings) for method, settings in grid if settings is not None]
+    tuned = [
+        (method, settings, figures(metrics, "edited"))
+        for (method, settings), metrics in zip(asked, runs("tune", asked), strict=True)
+        if metrics is not None
+    ]
+    unedited = figures(tune_unedited, "baseline")
+    testing: list[tuple[str, str, Settings]] = []
+    for study in studies:
+        default = completed(study.method, dict(study.base))
+        if default is not None:
+            testing.append((study.method, "default", default))
+        mine = [(settings, found) for method, settings, found in tuned if method == study.method]
+        if mine:
+            testing += [(study.method, purpose, settings) for purpose, settings in choose(mine, unedited).items()]
+    unique = list({(method, label(settings)): (method, settings) for method, _, settings in testing}.values())
+    tested = dict(zip([(m, label(s)) for m, s in unique], runs("test", unique), strict=True))
+    return {
+        "meta": {
+            "model": place.model.name, "dtype": place.dtype, "batch_size": place.batch,
+            "scenes": {split: place.scenes or SPLITS[split].scenes for split in ("tune", "test")},
+            "seeds": {split: SPLITS[split].seed for split in ("tune", "test")}, "recall_kept": RECALL_KEPT,
+            "date": time.strftime("%Y-%m-%d"), "environment": describe_environment(),
+        },
+        "unedited": {"tune": unedited, "test": figures(test_unedited, "baseline")},
+        "tune": [{"method": method, "settings": settings, "figures": found} for method, settings, found in tuned],
+        "test": [
+            {"method": method, "purpose": purpose, "settings": settings, "metrics": tested[method, label(settings)]}
+            for method, purpose, settings in testing
+        ],
+        "errors": runs.errors,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="measure")
+    running.add_argument("--model", type=Path, default=MODEL)
+    running.add_argument("--work", type=Path, default=Path("out/truth"), help="scenes and answers; kept between calls")
+    running.add_argument("--out", type=Path, default=Path("bench/results/testbed-vlm.json"))
+    running.add_argument("--methods", default=",".join(study.method for study in STUDIES))
+    running.add_argument("--scenes", type=int, help="the first so many of each split; all by default")
+    running.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    running.add_argument("--batch", type=int, default=50)
+    running.add_argument("--processes", type=int, default=2)
+    table = commands.add_parser("table", help="print the table of a run's file")
+    table.add_argument("results", type=Path)
+    given = parser.parse_args()
+    if given.command == "table":
+        print(render(json.loads(given.results.read_text(encoding="utf-8"))))
+        return
+    by_method = {study.method: study for study in STUDIES}
+    unknown = [name for name in given.methods.split(",") if name not in by_method]
+    if unknown:
+        parser.error(f"no study of {', '.join(unknown)}: --methods takes {', '.join(by_method)}")
+    place = Place(given.model.resolve(), given.work.resolve(), given.dtype, given.batch, given.scenes)
+    found = run(place, [by_method[name] for name in given.methods.split(",")], given.processes)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(render(found))
+    for failed in found["errors"]:
+        print(f"{failed['method']} {label(failed['settings'])} on {failed['split']}:\n{failed['error']}")
+    if found["errors"]:
+        raise SystemExit(1)
+
+
+# What a row of the table shows: heading, metric, and whether less is better.
+COLUMNS = (
+    ("POPE random", "pope/random/accuracy"),
+    ("popular", "pope/popular/accuracy"),
+    ("adversarial", "pope/adversarial/accuracy"),
+    ("CHAIR_S", "chair/all/chair_s"),
+    ("CHAIR_I", "chair/all/chair_i"),
+    ("recall", "chair/all/recall"),
+    ("length", "chair/all/length"),
+)
+
+
+def render(found: Mapping[str, Any]) -> str:
+    """A markdown table: the unedited model's figures, then differences, those whose interval leaves out 0 in bold."""
+    unedited = found["unedited"]["test"]
+    lines = [
+        "| method | settings | " + " | ".join(name for name, _ in COLUMNS) + " | verdict |",
+        "|---|---|" + "---:|" * len(COLUMNS) + "---|",
+        "| no edit | | " + " | ".join(_number(unedited[key], key) for _, key in COLUMNS) + " | |",
+    ]
+    for method, rows in _by_method(found["test"]).items():
+        for settings, purposes, metrics in rows:
+            paired = {f"{m['task']}/{m['length']}/{m['metric']}": m for m in metrics or () if "length" in m}
+            cells = [_difference(paired[key], key) if paired else "failed" for _, key in COLUMNS]
+            told = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "dims") or "defaults"
+            lines.append(
+                f"| `{method}` | {told} ({', '.join(purposes)}) | " + " | ".join(cells) + f" | {verdict(paired)} |"
+            )
+    return "\n".join(lines)
+
+
+def _by_method(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[Settings, list[str], Any]]]:
+    grouped: dict[str, dict[str, tuple[Settings, list[str], Any]]] = {}
+    for row in rows:
+        same = grouped.setdefault(row["method"], {})
+        same.setdefault(label(row["settings"]), (row["settings"], [], row["metrics"]))[1].append(row["purpose"])
+    return {method: list(same.values()) for method, same in grouped.items()}
+
+
+def _number(value: float, key: str) -> str:
+    return f"{value:.1f}" if key.endswith("length") else f"{100 * value:.1f}"
+
+
+def _difference(metric: Mapping[str, Any], key: str) -> str:
+    if metric["difference"] is None:
+        return "-"
+    scale = 1 if key.endswith("length") else 100
+    text = f"{scale * metric['difference']:+.1f}"
+    return f"**{text}**" if moved(metric) else text
+
+
+def moved(metric: Mapping[str, Any]) -> int:
+    """1 or -1 where the interval of the difference lies above or below 0, else 0."""
+    if metric["interval"] is None:
+        return 0
+    low, high = metric["interval"]
+    return (low > 0) - (high < 0)
+
+
+def verdict(paired: Mapping[str, Mapping[str, Any]]) -> str:
+    """In words what the intervals say of POPE and of captions."""
+    if not paired:
+        return "failed"
+    pope = moved(paired["pope/all/accuracy"])
+    said = [{1: "POPE better", 0: "POPE the same", -1: "POPE worse"}[pope]]
+    wrong, recall = moved(paired["chair/all/chair_s"]), moved(paired["chair/all/recall"])
+    if wrong < 0 <= recall:
+        said.append("fewer objects made up")
+    elif wrong < 0:
+        said.append("fewer objects made up, fewer named at all")
+    elif wrong > 0:
+        said.append("more objects made up")
+    else:
+        said.append("captions no better")
+    return "; ".join(said)
+
+
+if __name__ == "__main__":
+    main()
