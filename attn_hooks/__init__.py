@@ -6,12 +6,14 @@ with attn_hooks.editing(model, PASTA(spans=...)):  # or for a while
 attn_hooks.unwrap(model)                           # bit for bit what it was
 """
 
+from attn_hooks.blip_relevance import BlipRelevance
 from attn_hooks.call import AttentionCall
 from attn_hooks.edit import Edit
 from attn_hooks.errors import AttnHooksError, EditError, UnsupportedArgumentError, UnsupportedModelError
 from attn_hooks.layout import ImageSpan, PatchGrid, TokenKind, TokenLayout
 from attn_hooks.methods.ablate import Ablate
 from attn_hooks.methods.act import ACT
+from attn_hooks.methods.agla import AGLA
 from attn_hooks.methods.damro import DAMRO
 from attn_hooks.methods.eah import EAH
 from attn_hooks.methods.head_affine import HeadAffine
@@ -35,6 +37,7 @@ from attn_hooks.wrapping import EditNeverActedWarning, editing, edits_in_force, 
 
 __all__ = [
     "ACT",
+    "AGLA",
     "DAMRO",
     "EAH",
     "PAI",
@@ -46,6 +49,7 @@ __all__ = [
     "Ablate",
     "AttentionCall",
     "AttnHooksError",
+    "BlipRelevance",
     "Edit",
     "EditError",
     "EditNeverActedWarning",

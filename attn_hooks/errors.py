@@ -249,6 +249,20 @@ CATALOGUE: dict[str, Entry] = {
         "Some families' generate() encodes images first and hands over features alone.",
         "Give the model pixel_values, or use a method that does not change the image.",
     ),
+    "no-picture": Entry(
+        EditError,
+        "{model}: {method} masks pixels of image {image} of prompt {sample}, and {reason}.",
+        "The mask lies on one picture of the whole image, as LLaVA, Qwen-VL and Gemma 3 are given it, and is made for a question.",
+        "Give images that the processor leaves whole (no crops or tiles, no videos), each before its question; or use vcd, which "
+        "takes pixels as they are.",
+    ),
+    "no-black": Entry(
+        EditError,
+        "{model}: {method} blackens pixels, and what this model is given for black is unknown: its vision tower, {tower}, does not "
+        "tell.",
+        "Pixels come normalised by the mean and standard deviation of the processor, which the model does not hold.",
+        "Give image_mean=processor.image_processor.image_mean and image_std=processor.image_processor.image_std.",
+    ),
     "no-companions": Entry(
         UnsupportedArgumentError,
         "{model}: {method} needs rows without the image beside the prompts in one batch, and {reason}.",
@@ -332,6 +346,12 @@ CATALOGUE: dict[str, Entry] = {
         "whole rows.",
         "The forward runs inside torch.distributed's context_parallel.",
         "Use tensor parallelism, or unwrap.",
+    ),
+    "not-saved": Entry(
+        EditError,
+        "{method} holds {value}, which cannot be saved.",
+        "It is made of models, and saved edits are parameters and tensors.",
+        "Build this edit in Python each time, or save it without that parameter.",
     ),
     "bad-saved-edits": Entry(
         EditError,

@@ -18,6 +18,7 @@ from attn_hooks.errors import error
 SHIPPED = {
     "ablate": "attn_hooks.methods.ablate:Ablate",
     "act": "attn_hooks.methods.act:ACT",
+    "agla": "attn_hooks.methods.agla:AGLA",
     "eah": "attn_hooks.methods.eah:EAH",
     "damro": "attn_hooks.methods.damro:DAMRO",
     "head_affine": "attn_hooks.methods.head_affine:HeadAffine",

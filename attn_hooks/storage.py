@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from attn_hooks.blip_relevance import BlipRelevance
 from attn_hooks.edit import Edit
 from attn_hooks.errors import error
 from attn_hooks.registry import build_edit
@@ -31,6 +32,8 @@ def save_edits(edits: nn.Module | Iterable[Edit], directory: str | Path) -> None
     for place, edit in enumerate(chosen):
         parameters = edit.model_dump(mode="json")
         for name, value in edit:
+            if isinstance(value, BlipRelevance):
+                raise error("not-saved", method=edit.method, value=value)
             if isinstance(value, Tensor):
                 key = f"{place}.{name}"
                 tensors[key] = value.contiguous().cpu()

@@ -15,6 +15,7 @@ from attn_hooks.registry import SHIPPED
 
 ATTN_HOOKS = {
     "ACT",
+    "AGLA",
     "DAMRO",
     "EAH",
     "PAI",
@@ -26,6 +27,7 @@ ATTN_HOOKS = {
     "Ablate",
     "AttentionCall",
     "AttnHooksError",
+    "BlipRelevance",
     "Edit",
     "EditError",
     "EditNeverActedWarning",
