@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import Cache, DynamicCache
 
 from attn_hooks.edit import Edit
@@ -253,6 +254,8 @@ class StreamRunner:
         returned = (output.get("past_key_values"),) if hasattr(output, "logits") else output
         candidates = (*returned, given.get("past_key_values"))
         cache = next((candidate for candidate in candidates if isinstance(candidate, Cache)), None)
+        if cache is not None and cache.is_compileable:
+            given = given | self._plain_mask(given, cache)
         if self.in_flight.past == 0:
             state = self._begin(outer, given)
             self._keep(cache, state)
@@ -273,6 +276,20 @@ class StreamRunner:
             output.logits = combined
             return output
         return (combined, *output[1:])
+
+    def _plain_mask(self, given: dict[str, Any], cache: Cache) -> dict[str, Tensor]:
+        """With a static cache generate() hands over finished masks as long as that, which the second stream's is not."""
+        sequence = self.tracker.in_flight.current
+        if (
+            sequence is None
+            or given.get("attention_mask") is None
+            or _two_dimensional(given["attention_mask"]) is not None
+        ):
+            return {}
+        valid = sequence.layout.valid
+        # Compiled steps are not followed one by one.
+        missing = int(cache.get_seq_length()) - valid.shape[1]
+        return {"attention_mask": functional.pad(valid, (0, max(0, missing)), value=True).long()}
 
     def _begin(self, outer: Any, given: dict[str, Any]) -> _State | None:
         """The second stream of a prompt; None if it has no image."""

@@ -331,3 +331,16 @@ def test_the_ways_to_call_a_model_agree(edit: Any) -> None:
         torch.manual_seed(0)
         sampled = model.generate(**inputs, do_sample=True, num_return_sequences=1, max_new_tokens=4)
         assert sampled.shape[0] == 3
+
+
+@pytest.mark.parametrize("edit", [VCD(beta=0.3), DAMRO(tokens=3), PAI(layers=(0, 1))], ids=str)
+@torch.no_grad()
+def test_a_static_cache_gives_the_tokens_of_a_growing_one(edit: Any) -> None:
+    """Its finished masks are as long as it is, and tell padding by columns alone."""
+    model, inputs = vlms.CASES["llava"].model(), vlms.CASES["llava"].inputs()
+    with attn_hooks.editing(model, edit):
+        expected = generated(model, inputs)
+        found = generated(model, inputs, cache_implementation="static")
+    assert torch.equal(found.sequences, expected.sequences)
+    for step, logits in zip(expected.logits, found.logits, strict=True):
+        torch.testing.assert_close(logits.log_softmax(-1), step.log_softmax(-1), rtol=1e-3, atol=1e-4)
