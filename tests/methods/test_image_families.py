@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import attn_hooks
-from attn_hooks import DAMRO, EAH, PAI, SPIN, VAR, VCD, VHR, AttnHooksError, Edit, Imbalanced
+from attn_hooks import AGLA, DAMRO, EAH, PAI, SPIN, VAR, VCD, VHR, AttnHooksError, Edit, Imbalanced
 from attn_hooks.methods.var import sink_strength
 from tests.hooks import vlms
 
@@ -55,11 +55,17 @@ REFUSED = {
     for family in FAMILIES
     if family not in ("llava", "llava, full features")
 } | {
+    # Crops and videos, and towers whose normalisation is not known.
+    *(("agla", family) for family in FAMILIES if not family.startswith("llava") and family != "gemma3"),
+    *(("agla", family) for family in FAMILIES if family.startswith("llava_")),
     ("vcd", "blip-2"),
     ("vcd", "instructblip"),
     ("vhr", "gemma3"),
 }
 CASES = {
+    "agla": Case(
+        active=same(AGLA(beta=0.0, keep=0.5, layers=LAYERS)), neutral=same(AGLA(alpha=0.0, beta=0.0, layers=LAYERS))
+    ),
     "damro": Case(active=same(DAMRO(beta=0.0, tokens=3)), neutral=same(DAMRO(alpha=0.0, beta=0.0))),
     "eah": Case(active=same(EAH(threshold=0.0)), neutral=same(EAH(threshold=1.0))),
     "imbalanced": Case(
