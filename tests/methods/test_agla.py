@@ -465,6 +465,10 @@ def test_blip_is_asked_the_question_about_each_image() -> None:
         torch.testing.assert_close(found[number], torch.where(kept, inputs["pixel_values"][number], (0 - mean) / std))
     fixed = pixels_of_the_second_stream(model, inputs, AGLA(beta=0.0, keep=0.25, relevance=relevance))
     assert int((fixed != inputs["pixel_values"]).all(1).sum()) == 3 * round(0.75 * vlms.PIXELS**2)
+    relevance.asked = []
+    apart = vlms.batch_of([SQUARE_IMAGE + vlms.text(3, 40) + vlms.image(vlms.SQUARE, 1) + vlms.text(2, 20)])
+    pixels_of_the_second_stream(model, apart | {"pixel_values": inputs["pixel_values"][:2]}, AGLA(relevance=relevance))
+    assert [question for _, question in relevance.asked] == ["w16 w17"] * 2
 
 
 def refused(code: str, action: Callable[[], Any], *parts: str) -> None:

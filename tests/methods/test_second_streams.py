@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import attn_hooks
-from attn_hooks import DAMRO, PAI, VHR, streams
+from attn_hooks import AGLA, DAMRO, PAI, VHR, streams
 from attn_hooks.errors import AttnHooksError
 from attn_hooks.methods.vcd import VCD, signal_kept
 from attn_hooks.model_info import MARKS_OF_IMAGE
@@ -306,7 +306,9 @@ def test_a_later_turn_of_text_goes_on_and_one_with_an_image_is_refused() -> None
         torch.testing.assert_close(found[:, place], 1.7 * main - 0.7 * other, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("edit", [VCD(beta=0.3), VHR(layers=(0, 1)), PAI(layers=(0, 1))], ids=str)
+@pytest.mark.parametrize(
+    "edit", [AGLA(beta=0.3, layers=(0, 1)), VCD(beta=0.3), VHR(layers=(0, 1)), PAI(layers=(0, 1))], ids=str
+)
 @torch.no_grad()
 def test_the_ways_to_call_a_model_agree(edit: Any) -> None:
     """Tuples, hidden states, no cache, a copy of the wrapped model, another thread, and after a forward that failed."""
