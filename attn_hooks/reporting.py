@@ -118,13 +118,15 @@ def _explain_layer(layer: LayerInfo, edits: tuple[Edit, ...], info: ModelInfo) -
     names = tuple(edit.method for edit in here)
     if not here:
         return LayerExplanation(layer.index, names, layer.backend, "no edit in this layer: the model's own backend")
-    recomputing = [edit for edit in here if edit.writes != "output"]
+    recomputing = [edit for edit in here if edit.writes not in ("output", "next-token")]
     on_gpu = _on_gpu(layer)
     refusal = _kernels_refusal(layer, here) if on_gpu else None
     by_kernels = on_gpu and refusal is None
     if not recomputing:
         why = "head outputs only: the weights are not needed"
         path = f"{layer.backend}, then gain and offset"
+        if all(edit.writes == "next-token" for edit in here):
+            why, path = "its attention is read and not edited", layer.backend
         return LayerExplanation(layer.index, names, f"by call: {path}, or decode" if by_kernels else path, why)
     chosen = [edit.heads_in(info, layer.index) for edit in recomputing]
     every_head = any(heads is None for heads in chosen)

@@ -471,6 +471,14 @@ def test_blip_is_asked_the_question_about_each_image() -> None:
     assert [question for _, question in relevance.asked] == ["w16 w17"] * 2
 
 
+def test_reading_the_attention_leaves_it_to_the_backend() -> None:
+    rows = attn_hooks.explain(LLAVA.model(), AGLA(layers=(1,)), attn_hooks.HeadAffine(gain=torch.ones(2, 4))).layers
+    assert ["PyTorch" in row.path for row in rows] == [False, False]
+    assert rows[1].path == rows[0].path
+    (_, read) = attn_hooks.explain(LLAVA.model(), AGLA(layers=(1,))).layers
+    assert (read.path, "not edited" in read.why) == ("sdpa", True)
+
+
 def refused(code: str, action: Callable[[], Any], *parts: str) -> None:
     with pytest.raises(AttnHooksError) as refusal:
         action()
