@@ -1,4 +1,4 @@
-# make demo   install and run the main job on the shipped model
+# make demo   install and run the main jobs on the shipped models
 # make test   install and run the tests
 # make lint   ruff, mypy, import-linter
 # make bench  speed and memory against what a user would run otherwise
@@ -30,8 +30,13 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable ".[eval,dev]"
 	touch $@
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed results/scenes/demo/manifest.json
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/attn-hooks run recipes/testbed-lm/demo.yaml --out $(OUT)
+	OMP_NUM_THREADS=$$(nproc) $(BIN)/attn-hooks run recipes/testbed-vlm/demo.yaml --out $(OUT)-vlm
+
+results/scenes/demo/manifest.json: $(VENV)/.installed
+	rm -rf $(@D)
+	$(BIN)/python -m testbed.vlm.scenes --split test --scenes 100 --out $(@D)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto -m "not compat" $(ARGS)
