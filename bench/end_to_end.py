@@ -256,23 +256,23 @@ class Model:
     def first_token(self, prompt: dict[str, Tensor]) -> tuple[float, Tensor, Any, bool]:
         """Seconds, the token ``(1, 1)``, the cache, and whether all logits are finite."""
         cache = DynamicCache(config=self.text)
-        begin = self._now()
+        begin = self.now()
         logits = self.model(**prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         token = logits[:, -1:].argmax(-1)
-        return self._now() - begin, token, cache, bool(logits.isfinite().all())
+        return self.now() - begin, token, cache, bool(logits.isfinite().all())
 
     def decode(self, prompt: dict[str, Tensor]) -> float:
         """Seconds for the new tokens after the prompt, the prefill not counted."""
         _, token, cache, _ = self.first_token(prompt)
-        begin = self._now()
+        begin = self.now()
         for _ in range(self.case.new_tokens):
             logits = self.model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             token = logits[:, -1:].argmax(-1)
-        return self._now() - begin
+        return self.now() - begin
 
-    def replay(self, prompt: dict[str, Tensor]) -> float:
+    def replay(self, prompt: dict[str, Tensor], new: int) -> float:
         """Seconds for the new tokens after the prompt, each the replay of one captured step."""
-        length, new = prompt["input_ids"].shape[1], self.case.new_tokens
+        length = prompt["input_ids"].shape[1]
         cache = StaticCache(config=self.text, max_cache_len=length + new + 2)
         mask = torch.ones(1, length + new + 2, dtype=torch.long, device=self.device)
         positions = torch.arange(length, device=self.device)[None]
@@ -289,29 +289,29 @@ class Model:
 
         step()
         if self.device.type != "cuda":
-            begin = self._now()
+            begin = self.now()
             for _ in range(new):
                 step()
-            return self._now() - begin
+            return self.now() - begin
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
-        begin = self._now()
+        begin = self.now()
         for _ in range(new):
             graph.replay()
-        return self._now() - begin
+        return self.now() - begin
 
     def generate(self, prompt: dict[str, Tensor], new_tokens: int) -> float:
         """Seconds of ``generate``, the prefill counted."""
-        begin = self._now()
+        begin = self.now()
         tokens = self.model.generate(**prompt, max_new_tokens=new_tokens)
-        elapsed = self._now() - begin
+        elapsed = self.now() - begin
         made = tokens.shape[1] - prompt["input_ids"].shape[1]
         if made != new_tokens:
             raise RuntimeError(f"generate made {made} tokens instead of {new_tokens}")
         return elapsed
 
-    def _now(self) -> float:
+    def now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
@@ -432,7 +432,7 @@ class Bench:
             if not is_warm_up:
                 setting.first_seconds.append(first)
         elif phase == "replay":
-            seconds = model.replay(prompt)
+            seconds = model.replay(prompt, model.case.new_tokens)
         else:
             seconds = model.decode(prompt)
             generated = model.generate(prompt, 2 if is_warm_up else model.case.new_tokens)

@@ -1,0 +1,313 @@
+"""What an intervention costs a caption: LLaVA-1.5-7B's shape, random weights, 256 tokens after a prompt of 640 with one image.
+
+    python -m bench.captions [--budget-seconds 300] [--only pai,vcd] [--out FILE]
+
+``generate``: the model's own, greedy, a DynamicCache, Python included. ``replay``: prefill, then one step on a StaticCache captured
+in a CUDA graph and replayed, for edits of attention alone: what is left is the device's own time. ``reference``: as the
+papers' code does it, eager attention whose weights are edited and kept in every step, and for second streams a whole second model
+call a step, no step skipped. The unedited model has a turn before and after every third setting; ratios are to the mean of the two.
+
+Random weights know no next token, so that no step would be certain and every second stream would run. The output layer is
+multiplied by ``SHARPNESS``, so that some steps are; the share of skipped steps stands beside the ratio. Random weights have no
+sinks either: VAR's tau is lowered until there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.masking_utils import eager_mask
+
+import attn_hooks
+from bench.end_to_end import CASES, SMOKE_CASES, Model
+from bench.render import markdown_table, number
+from bench.shapes import Budget, Results, Row, add_common_options, environment, free_memory, rounded, short
+
+CASE = "llava-1.5-7b"
+PROMPT, SMOKE_PROMPT = 640, 64
+NEW_TOKENS = 256
+SHARPNESS = 8.0
+SINK_TAU, SINK_DIMS = 2.2, (1415, 2533)
+NO_EDIT = "no edit"
+REFERENCE = "reference"
+FIRST_EDITED_LAYER = 2
+
+
+def settings(smoke: bool) -> dict[str, list[dict[str, Any]]]:
+    """Name -> edits. ``pai`` and ``imbalanced`` are their attention alone; with their guidance they have a second stream."""
+    var = {"method": "var", "dims": (3, 5) if smoke else SINK_DIMS, "tau": 1.2 if smoke else SINK_TAU}
+    return {
+        "var": [var],
+        "vhr": [{"method": "vhr"}],
+        "imbalanced": [{"method": "imbalanced", "gamma": 1.0}],
+        "pai": [{"method": "pai", "gamma": 1.0}],
+        "spin": [{"method": "spin", "r": 0.8, "eps": 0.1}],
+        "eah": [{"method": "eah"}],
+        "var + vhr": [var, {"method": "vhr"}],
+        "vcd": [{"method": "vcd"}],
+        "agla": [{"method": "agla"}],
+        "damro": [{"method": "damro"}],
+        "pai with guidance": [{"method": "pai"}],
+    }
+
+
+# Edits of attention alone, whose decode steps can be captured; VHR's prompt needs more rows than a static cache has.
+CAPTURED = ("var", "imbalanced", "pai", "spin", "eah")
+SETTINGS_A_TURN = 3
+GOALS = {
+    **dict.fromkeys(("var", "vhr", "imbalanced", "pai", "spin"), 1.08),
+    **dict.fromkeys(("agla", "vcd"), 1.2),
+}
+# How the papers' code edits the eager weights, by setting.
+Weights = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the papers' code knows beforehand.
+
+    Attributes:
+        image: the image's positions (start, stop).
+        sinks: some of them, which VAR takes for sinks.
+        prompt: the prompt's length.
+    """
+
+    image: tuple[int, int]
+    sinks: Tensor
+    prompt: int
+
+    def pai(self, module: nn.Module, logits: Tensor, value: Tensor, out: Tensor) -> Tensor:
+        """A copy of the last row's logits on the image, raised by their size; then softmax in float32."""
+        start, stop = self.image
+        on_image = logits[:, :, -1, start:stop]
+        logits[:, :, -1, start:stop] = on_image + 0.2 * on_image.abs()
+        return self.plain(module, logits, value, out)
+
+    def spin(self, module: nn.Module, logits: Tensor, value: Tensor, out: Tensor) -> Tensor:
+        """Scores of the last row on the image; a one-hot mask over the heads."""
+        start, stop = self.image
+        scores = logits[:, :, -1, start:stop].sum(-1)
+        kept = scores.topk(int(0.8 * scores.shape[1]), dim=1).indices
+        mask = torch.full_like(scores, 0.1).scatter(1, kept, 1.0)
+        weights = self.plain(module, logits, value, out)
+        out.copy_(weights @ value)
+        out[:, :, -1] *= mask[..., None]
+        return weights
+
+    def var(self, module: nn.Module, logits: Tensor, value: Tensor, out: Tensor) -> Tensor:
+        """Budget from the sinks to the other image tokens, where rows and heads look at the image enough."""
+        start, stop = self.image
+        weights = self.plain(module, logits, value, out)
+        is_sink = torch.zeros(weights.shape[-1], dtype=torch.bool, device=weights.device)
+        is_sink[self.sinks] = True
+        is_other = torch.zeros_like(is_sink)
+        is_other[start:stop] = True
+        is_other &= ~is_sink
+        on_image = weights[..., start:stop].sum(-1)
+        on_other = weights[..., is_other].sum(-1)
+        chosen = (on_image >= 0.2) & (on_other / on_image >= 0.5)
+        if weights.shape[2] > 1:
+            chosen[:, :, :stop] = False
+        budget = 0.4 * weights[..., is_sink].sum(-1)
+        raised = weights * (1 + budget / on_other)[..., None]
+        edited = torch.where(is_sink, 0.6 * weights, torch.where(is_other, raised, weights))
+        weights = torch.where(chosen[..., None], edited, weights)
+        out.copy_(weights @ value)
+        return weights
+
+    def plain(self, module: nn.Module, logits: Tensor, value: Tensor, out: Tensor) -> Tensor:
+        weights = logits.softmax(-1, dtype=torch.float32).to(value.dtype)
+        out.copy_(weights @ value)
+        return weights
+
+
+REFERENCES = ("pai", "imbalanced", "spin", "var")
+
+
+@contextmanager
+def reference_attention(model: Any, edit: Weights | None) -> Iterator[None]:
+    """Eager attention with weights that are edited and returned, in all text layers from the second on."""
+
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
+    ) -> tuple[Tensor, Tensor]:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        logits = query @ key.transpose(-1, -2) * scaling
+        if attention_mask is not None:
+            logits = logits + attention_mask[..., : key.shape[-2]]
+        out = torch.empty_like(query)
+        if edit is not None and getattr(module, "layer_idx", -1) >= FIRST_EDITED_LAYER:
+            weights = edit(module, logits, value, out)
+        else:
+            weights = logits.softmax(-1, dtype=torch.float32).to(value.dtype)
+            out = weights @ value
+        return out.transpose(1, 2).contiguous(), weights
+
+    AttentionInterface.register(REFERENCE, attend)
+    AttentionMaskInterface.register(REFERENCE, eager_mask)
+    before = model.config.text_config._attn_implementation
+    model.set_attn_implementation({"text_config": REFERENCE})
+    try:
+        yield
+    finally:
+        model.set_attn_implementation({"text_config": before})
+
+
+class Captions:
+    """The settings one after the other, the unedited model between them."""
+
+    def __init__(self, options: argparse.Namespace, results: Results, budget: Budget) -> None:
+        self.options, self.results, self.budget = options, results, budget
+        device = torch.device("cpu" if options.smoke else "cuda")
+        case = (SMOKE_CASES if options.smoke else CASES)[CASE]
+        self.new_tokens = 6 if options.smoke else NEW_TOKENS
+        self.model = Model(CASE, case, device, torch.float32 if options.smoke else torch.bfloat16)
+        self.model.model.lm_head.weight.data *= SHARPNESS
+        self.length = SMOKE_PROMPT if options.smoke else PROMPT
+        self.prompt = self.model.prompt(self.length)
+        start = int((self.prompt["input_ids"][0] == case.image_token_id).nonzero()[0])
+        sinks = torch.arange(start, start + case.image_tokens, 20, device=device)
+        self.reference = Reference((start, start + case.image_tokens), sinks, self.length)
+
+    def run(self) -> None:
+        wanted = [
+            name for name in settings(self.options.smoke) if self.options.only is None or name in self.options.only
+        ]
+        for mode, possible in (("generate", wanted), ("replay", CAPTURED), ("reference", (*REFERENCES, "vcd"))):
+            names = [name for name in wanted if name in possible]
+            if not names or self.budget.left < 20:
+                self.results.note("skipped", f"{mode}: nothing asked for, or out of time")
+                continue
+            self._unedited(mode)  # warm
+            before = self._unedited(mode)
+            for start in range(0, len(names), SETTINGS_A_TURN):
+                rows = [self._row(mode, name) for name in names[start : start + SETTINGS_A_TURN]]
+                after = self._unedited(mode)
+                for row in rows:
+                    if "seconds" in row:
+                        row["ratio"] = rounded(2 * row["seconds"] / (before + after))
+                        row["unedited_seconds"] = [rounded(before), rounded(after)]
+                    print({key: value for key, value in row.items() if key not in ("model", "new_tokens")}, flush=True)
+                self.results.put(*rows)
+                before = after
+            free_memory()
+
+    def _row(self, mode: str, name: str) -> Row:
+        row: Row = {"model": CASE, "setting": name, "mode": mode, "new_tokens": self.new_tokens}
+        row["goal"] = None if mode == "reference" else GOALS.get(name)
+        if self.budget.left < 12:
+            return {**row, "error": "out of time"}
+        try:
+            seconds, skipped = self._edited(mode, name, settings(self.options.smoke)[name])
+        except Exception as problem:
+            return {**row, "error": short(problem)}
+        return {**row, "seconds": rounded(seconds), "skipped": rounded(skipped)}
+
+    def _unedited(self, mode: str) -> float:
+        return self._replay() if mode == "replay" else self._generate()
+
+    def _generate(self, new_tokens: int | None = None, **kept: Any) -> float:
+        begin = self.model.now()
+        self.model.model.generate(**self.prompt, max_new_tokens=new_tokens or self.new_tokens, **kept)
+        return self.model.now() - begin
+
+    def _replay(self) -> float:
+        """Prefill and the steps after it; capturing the graph is not counted."""
+        self.model.first_token(self.prompt)
+        return self.model.first_token(self.prompt)[0] + self.model.replay(self.prompt, self.new_tokens)
+
+    def _edited(self, mode: str, name: str, edits: Sequence[dict[str, Any]]) -> tuple[float, float | None]:
+        """Seconds, and the share of steps that needed no second stream."""
+        if mode == "reference":
+            return self._reference(name), None
+        with attn_hooks.editing(self.model.model, *(attn_hooks.build_edit(edit) for edit in edits)):
+            if mode == "replay":
+                return self._replay(), None
+            self._generate(8 if not self.options.smoke else 2)
+            seconds = self._generate()
+            shares = [edit.second_stream_skipped for edit in attn_hooks.report(self.model.model).edits]
+        return seconds, next((share for share in shares if share is not None), None)
+
+    def _reference(self, name: str) -> float:
+        rendered = "pai" if name == "imbalanced" else name
+        edit = None if name == "vcd" else getattr(self.reference, rendered)
+        with reference_attention(self.model.model, edit):
+            if name == "vcd":
+                self._two_streams(2)
+                return self._two_streams(self.new_tokens)
+            kept: dict[str, Any] = {"output_attentions": True, "return_dict_in_generate": True}
+            self._generate(2, **kept)
+            return self._generate(**kept)
+
+    def _two_streams(self, new_tokens: int) -> float:
+        """Two prompts, two caches, two calls a step."""
+        begin = self.model.now()
+        caches = [DynamicCache(config=self.model.text) for _ in range(2)]
+        noised = {**self.prompt, "pixel_values": self.prompt["pixel_values"] + 1}
+        given: list[dict[str, Any]] = [self.prompt, noised]
+        for _ in range(new_tokens):
+            first, second = (
+                self.model.model(**inputs, past_key_values=cache, output_attentions=True, logits_to_keep=1).logits[
+                    :, -1
+                ]
+                for inputs, cache in zip(given, caches, strict=True)
+            )
+            scores = torch.where(first < first.amax(-1, keepdim=True) - 2.3, -torch.inf, 2 * first - second)
+            token = scores.argmax(-1, keepdim=True)
+            given = [{"input_ids": token}] * 2
+        return self.model.now() - begin
+
+
+def captions_table(rows: Sequence[Row]) -> str:
+    """Settings down, modes across: ratio to the unedited model, in bold above its goal."""
+    names = list(dict.fromkeys(row["setting"] for row in rows))
+    found = {(row["setting"], row["mode"]): row for row in rows}
+
+    def cell(name: str, mode: str) -> str:
+        row = found.get((name, mode))
+        if row is None or "error" in row:
+            return "-" if row is None else "failed"
+        text = number(row["ratio"])
+        return f"**{text}**" if row["goal"] is not None and row["ratio"] > row["goal"] else text
+
+    body = []
+    for name in names:
+        skipped = found.get((name, "generate"), {}).get("skipped")
+        share = "" if skipped is None else f"{100 * skipped:.0f} %"
+        body.append([name, *(cell(name, mode) for mode in ("generate", "replay", "reference")), share])
+    return markdown_table(["setting", "`generate`", "CUDA graph", "reference, eager", "steps skipped"], body)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_options(parser)
+    parser.add_argument("--out", type=Path, help="default: bench/results/captions-h200.json; none in a smoke run")
+    options = parser.parse_args()
+    if not options.smoke and not torch.cuda.is_available():
+        parser.error("there is no GPU here; --smoke tries the program on the CPU")
+    warnings.filterwarnings("ignore", category=attn_hooks.EditNeverActedWarning)
+    out = options.out or (None if options.smoke else Path("bench/results/captions-h200.json"))
+    results = Results(out, environment("bench.captions", sys.argv[1:], options.commit), ("setting", "mode"))
+    if options.resume:
+        results.resume()
+    with torch.no_grad():
+        Captions(options, results, Budget(options.budget_seconds, options.started)).run()
+    results.write()
+    print(captions_table(results.rows))
+    for note in results.meta.get("skipped", []):
+        print(f"skipped: {note}")
+
+
+if __name__ == "__main__":
+    main()
