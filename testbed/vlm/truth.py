@@ -344,6 +344,10 @@ COLUMNS = (
 )
 
 
+# What belongs to the model, not to a choice.
+UNTOLD = ("dims", *BLACK)
+
+
 def render(found: Mapping[str, Any]) -> str:
     """A markdown table: the unedited model's figures, then differences, those whose interval leaves out 0 in bold."""
     unedited = found["unedited"]["test"]
@@ -355,7 +359,7 @@ def render(found: Mapping[str, Any]) -> str:
     for method, rows in _by_method(found["test"]).items():
         for settings, purposes, metrics in rows:
             cells = [_difference(metrics[key], key) for _, key in COLUMNS]
-            told = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "dims") or "defaults"
+            told = ", ".join(f"{name} {value}" for name, value in settings.items() if name not in UNTOLD) or "defaults"
             lines.append(
                 f"| `{method}` | {told} ({', '.join(purposes)}) | " + " | ".join(cells) + f" | {verdict(metrics)} |"
             )
