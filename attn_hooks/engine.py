@@ -58,6 +58,9 @@ class Result:
 
 def compute(inputs: AttentionInputs, prepared: Prepared, plain: Plain, wants_weights: bool) -> Result:
     """The call under its edits. ``plain`` runs where no edit needs the weights, or only those of some heads."""
+    if not prepared.primitives:
+        output, weights = plain()
+        return Result(output.transpose(1, 2), weights, "backend + affine", "nothing edited in this call", False, None)
     if wants_weights or not has_kernels(inputs):
         why = "weights asked for" if wants_weights else "no Triton" if inputs.query.is_cuda else "no GPU"
         return in_pytorch(inputs, prepared.primitives, plain, wants_weights, why)

@@ -14,7 +14,8 @@ import inspect
 import math
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -384,7 +385,8 @@ class StreamRunner:
             logits = self._run(outer, {**state.arguments, "past_key_values": state.cache}, wanted)
             state.arguments = {}
         if state.waiting:
-            logits = self._run(outer, {**self._waiting(state), "past_key_values": state.cache}, steps)
+            with _without_plans():
+                logits = self._run(outer, {**self._waiting(state), "past_key_values": state.cache}, steps)
             state.waiting = []
         assert logits is not None
         return logits[:, -steps:]
@@ -425,6 +427,18 @@ class StreamRunner:
             flight.current = current
         found: Tensor = output.logits
         return found
+
+
+@contextmanager
+def _without_plans() -> Iterator[None]:
+    """cuDNN makes a plan for every new number of queries and keys, which takes longer than the step that it is for. Here both
+    numbers change from step to step."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def _is_repeated(tokens: Tensor | None) -> bool:

@@ -28,6 +28,8 @@ from attn_hooks.model_info import ModelInfo
 from attn_hooks.prompt import answering_rows, image_keys, last_row_logits, require_all_heads
 from attn_kernels import HeadAffine, Primitive
 
+KEY_SUM = "sum of the image's keys"
+
 
 class SPIN(Edit):
     """r: the part of a layer's heads that is kept. eps: factor on the output of the others."""
@@ -52,14 +54,29 @@ class SPIN(Edit):
             reason = "heads are chosen for one row at a time. Give the prompt in one forward, and generate without an assistant."
             raise self.refuse_phase(call, reason)
         require_all_heads(self, call)
-        image = image_keys(self, call) & call.inputs.key_valid
         with torch.no_grad():
-            logits, visible = last_row_logits(call)
-            counted = image[:, None] & visible
-            gain = self._gain(torch.where(counted, logits, 0.0).sum(-1), counted.any(-1))
+            gain = self._gain(*self._scores(call))
         rows = answering_rows(self, call, None)
         heads = call.select_heads(tuple((call.layer, head) for head in call.heads))
         return [HeadAffine(gain=gain, rows=rows, heads=heads)]
+
+    def _scores(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """``(B, H)``, up to a positive factor, and ``(B, H|1)`` bool: whether the row sees an image."""
+        inputs = call.inputs
+        each_alone = (inputs.softcap, inputs.window, inputs.mask, inputs.bias)
+        if call.phase == "decode" and all(given is None for given in each_alone):
+            # The sum of the image's logits is the logit of the sum of its keys, which stay as they are.
+            if KEY_SUM not in call.state:
+                image = image_keys(self, call) & inputs.key_valid
+                call.state[KEY_SUM] = image.float()[:, None, None] @ inputs.key.float(), image.any(1, keepdim=True)
+            key_sum, sees_image = call.state[KEY_SUM]
+            batch, num_heads, _, width = inputs.query.shape
+            query = inputs.query.float().reshape(batch, key_sum.shape[1], -1, width)
+            return (query * key_sum).sum(-1).reshape(batch, num_heads), sees_image
+        image = image_keys(self, call) & inputs.key_valid
+        logits, visible = last_row_logits(call)
+        counted = image[:, None] & visible
+        return torch.where(counted, logits, 0.0).sum(-1), counted.any(-1)
 
     def _gain(self, score: Tensor, sees_image: Tensor) -> Tensor:
         """``(B, H)`` from scores ``(B, H)``: 1 for heads that are kept, and where a row sees no image."""

@@ -16,7 +16,7 @@ A byte of code is loaded one tile ahead: the compiler copies only whole words ah
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from attn_kernels.edited_attention.launch import (
     batch_stride,
     can_overlap,
     constant_names,
+    kinds,
     last_contiguous,
     multiprocessors,
     power_of_two,
@@ -1041,6 +1042,11 @@ def _all_aligned(
     return (addresses | together) & 15 == 0 and together < 2**31
 
 
+_Compiled = tuple[Any, tuple[Any, ...], Any, tuple[Any, ...]]
+"""Both kernels, each with its constants."""
+_compiled: dict[tuple[object, ...], dict[tuple[object, ...], _Compiled]] = {}
+
+
 @dataclass(frozen=True, eq=False)
 class _Edits:
     """What the kernels take of lowered edits: their positional arguments and their constants."""
@@ -1050,8 +1056,8 @@ class _Edits:
     constants: dict[str, int | bool]
     classes: int  # of keys: 1, or 2 or 3 with a Regroup, padded to a power of two
     orders: bool
-    # Both kernels, each with its constants.
-    compiled: dict[tuple[object, ...], tuple[Any, tuple[Any, ...], Any, tuple[Any, ...]]] = field(default_factory=dict)
+    # Of all edits that Triton compiles alike.
+    compiled: dict[tuple[object, ...], _Compiled]
 
 
 def _edits(lowered: LoweredEdits) -> _Edits:
@@ -1097,7 +1103,11 @@ def _edits(lowered: LoweredEdits) -> _Edits:
         **lowered.affine_constants,
     }
     classes = 1 if regroup is None else 2 if regroup.target == NO_BIT else 4
-    known = _Edits(arguments, (*of_rows, *of_output), constants, classes, lowered.num_pairs > 0 or values is not None)
+    merge_arguments = (*of_rows, *of_output)
+    alike = (*kinds(arguments), *kinds(merge_arguments), *constants.values())
+    compiled = _compiled.setdefault(alike, {})
+    orders = lowered.num_pairs > 0 or values is not None
+    known = _Edits(arguments, merge_arguments, constants, classes, orders, compiled)
     lowered.__dict__["_decode"] = known
     return known
 

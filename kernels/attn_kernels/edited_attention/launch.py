@@ -38,7 +38,7 @@ def launch(
         with torch.cuda.device(device):
             launch(kernel, grid, arguments, constants, warps, starts_early)
         return
-    alike = (id(kernel), device, warps, starts_early, *constants.values(), *_kinds(arguments))
+    alike = (id(kernel), device, warps, starts_early, *constants.values(), *kinds(arguments))
     known = _compiled.get(alike)
     if known is not None:
         compiled, values = known
@@ -51,19 +51,19 @@ def launch(
         _compiled[alike] = compiled, tuple(constants[name] for name in constant_names(kernel))
 
 
-def _kinds(arguments: Sequence[Argument]) -> list[object]:
+def kinds(arguments: Sequence[Argument]) -> list[object]:
     """What Triton compiles each argument for: type, alignment to 16, and whether a number is 1."""
-    kinds: list[object] = []
+    found: list[object] = []
     for argument in arguments:
         kind = argument.__class__
         if argument is None or kind is float:
-            kinds.append(kind)
+            found.append(kind)
         elif isinstance(argument, int):
-            kinds.append(1 if argument == 1 else (argument & 15 == 0) + 2 * (-(2**31) <= argument < 2**31) + 2)
+            found.append(1 if argument == 1 else (argument & 15 == 0) + 2 * (-(2**31) <= argument < 2**31) + 2)
         else:
             assert isinstance(argument, Tensor)
-            kinds.append((argument.dtype, kind) if argument.data_ptr() & 15 else argument.dtype)
-    return kinds
+            found.append((argument.dtype, kind) if argument.data_ptr() & 15 else argument.dtype)
+    return found
 
 
 @functools.cache
