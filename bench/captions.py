@@ -1,6 +1,6 @@
 """What an intervention costs a caption: LLaVA-1.5-7B's shape, random weights, 256 tokens after a prompt of 640 with one image.
 
-    python -m bench.captions [--budget-seconds 300] [--only pai,vcd] [--out FILE]
+    python -m bench.captions [--budget-seconds 300] [--only pai,vcd] [--phases generate,replay] [--out FILE]
 
 ``generate``: the model's own, greedy, a DynamicCache, Python included. ``replay``: prefill, then one step on a StaticCache captured
 in a CUDA graph and replayed, for edits of attention alone: what is left is the device's own time. ``reference``: as the
@@ -186,8 +186,10 @@ class Captions:
         ]
         for mode, possible in (("generate", wanted), ("replay", CAPTURED), ("reference", (*REFERENCES, "vcd"))):
             names = [name for name in wanted if name in possible]
-            if not names or self.budget.left < 20:
-                self.results.note("skipped", f"{mode}: nothing asked for, or out of time")
+            if not names or (self.options.phases is not None and mode not in self.options.phases):
+                continue
+            if self.budget.left < 20:
+                self.results.note("skipped", f"{mode}: out of time")
                 continue
             self._unedited(mode)  # warm
             before = self._unedited(mode)

@@ -179,7 +179,11 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     listed: dict[str, Any] = {"type": _list_of(str), "default": None, "metavar": "A,B"}
     parser.add_argument("--only", **listed, help="these methods alone")
     parser.add_argument("--shapes", **listed, help="these model shapes alone")
-    parser.add_argument("--phases", **listed, help="prefill, decode or both; end_to_end also has replay")
+    parser.add_argument(
+        "--phases",
+        **listed,
+        help="prefill, decode or both; end_to_end also has replay; captions: generate, replay, reference",
+    )
     parser.add_argument("--lengths", type=_list_of(int), metavar="N,M", help="these numbers of keys alone")
     parser.add_argument("--budget-seconds", type=float, help="stop starting rows after so many seconds")
     parser.add_argument("--resume", action="store_true", help="keep the rows that the output file already has")
