@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from attn_kernels import AttentionInputs, HeadAffine, Primitive, edited_attention, edited_weights, head_affine
+from attn_kernels import AttentionInputs, HeadAffine, Primitive, Tap, edited_attention, edited_weights, head_affine
 
 if TYPE_CHECKING:
     from attn_kernels.edited_attention.lowering import LoweredEdits
@@ -36,6 +36,13 @@ class Prepared:
     is_settled: bool = True
     attends_as: Tensor | None = None
     routed_by: int | None = None
+
+    @functools.cached_property
+    def acting(self) -> tuple[int, ...]:
+        """The edits that change something."""
+        routed_by = [self.routed_by] if self.routed_by is not None and self.attends_as is not None else []
+        pairs = zip(self.owners, self.primitives, strict=True)
+        return tuple(dict.fromkeys([*routed_by, *(owner for owner, edit in pairs if not isinstance(edit, Tap))]))
 
     @functools.cached_property
     def is_trained(self) -> bool:

@@ -29,7 +29,7 @@ from attn_hooks.selected_keys import selected_keys_mask
 from attn_hooks.sequence import SequenceState, SequenceTracker, SharedByLayers, StaticStep, is_captured, share
 from attn_hooks.settled import Settled, run_settled, settle
 from attn_hooks.tensor_parallel import local_heads
-from attn_kernels import AttentionInputs, Primitive, Tap, edited_attention, moved_mass
+from attn_kernels import AttentionInputs, Primitive, edited_attention, moved_mass
 from attn_kernels.primitives import TapKind
 
 PLAN_ATTRIBUTE = "attn_hooks_plan"
@@ -58,6 +58,7 @@ WITHOUT_INFLUENCE = {
     "return_dict",
     "use_cache",
 }
+KNOWN = HONOURED | WITHOUT_INFLUENCE
 # Measuring the mass that moved takes longer than a decode step of the layer, and on a GPU than launching it: of so many
 # edited layers one is measured, in turns, in a decode step and in a forward of several tokens.
 LAYERS_PER_MEASURE, LAYERS_PER_MEASURE_ON_GPU = {"decode": 64, "prompt": 1}, {"decode": 512, "prompt": 256}
@@ -306,24 +307,17 @@ def _record(
     result: Result,
 ) -> None:
     layer = plan.layer.index
-    primitives = prepared.primitives
-    moved: list[Tensor | None] = [None] * len(primitives)
+    rows = shared.rows(inputs)
+    for owner in prepared.acting:
+        named = functools.partial(_heads_edited, plan, owner, heads)
+        plan.recorder.record(owner, phase, layer, named, rows)
     turn = plan.place + (sequence.past if phase == "decode" else plan.tracker.prompts)
     layers = LAYERS_PER_MEASURE_ON_GPU if inputs.query.is_cuda else LAYERS_PER_MEASURE
-    is_measured = turn % layers["decode" if phase == "decode" else "prompt"] == 0
-    if result.edited_weights and is_measured:
-        moved = moved_mass(inputs, primitives, result.heads)
-    rows = shared.rows(inputs)
-    of_edit: dict[int, Tensor | None] = {}
-    if prepared.routed_by is not None and prepared.attends_as is not None:
-        of_edit[prepared.routed_by] = None
-    for owner, primitive, mass in zip(prepared.owners, primitives, moved, strict=True):
-        if not isinstance(primitive, Tap):
-            before = of_edit.get(owner)
-            of_edit[owner] = mass if before is None else before if mass is None else before + mass
-    for owner, mass in of_edit.items():
-        named = functools.partial(_heads_edited, plan, owner, heads)
-        plan.recorder.record(owner, phase, layer, named, rows, mass)
+    if result.edited_weights and turn % layers["decode" if phase == "decode" else "prompt"] == 0:
+        moved = moved_mass(inputs, prepared.primitives, result.heads)
+        for owner in prepared.acting:
+            masses = [mass for whose, mass in zip(prepared.owners, moved, strict=True) if whose == owner]
+            plan.recorder.record_moved(owner, [mass for mass in masses if mass is not None])
     plan.recorder.record_path(phase, layer, result.path, result.why)
 
 
@@ -408,21 +402,22 @@ def _read_call(
     kwargs: dict[str, Any],
 ) -> tuple[AttentionInputs, SequenceState, SharedByLayers]:
     """The call as the engine takes it. Raises for whatever cannot be honoured exactly."""
-    methods = " + ".join(edit.method for _, edit in plan.edits)
-    model, layer = plan.model.model_class, plan.layer.index
+
+    def about() -> dict[str, Any]:
+        return {"model": plan.model.model_class, "methods": " + ".join(edit.method for _, edit in plan.edits)}
 
     def refuse(argument: str, detail: str) -> Exception:
         return _refused(plan, argument, detail)
 
     _refuse_unknown(plan, kwargs)
     if functional.scaled_dot_product_attention is not _sdpa_at_import:
-        raise error("context-parallel", model=model, methods=methods)
+        raise error("context-parallel", **about())
     sequence = plan.tracker.state_of_call(kwargs.get("position_ids"))
     if sequence is None or sequence.layout.kinds.shape[0] != query.shape[0]:
         raise refuse("query", "It was called outside the forward of its decoder, so its tokens are unknown.")
     num_queries, num_keys, total = query.shape[2], key.shape[2], sequence.layout.length
     if num_queries > total or (attention_mask is None and num_keys < min(total, num_queries)):
-        raise error("cross-attention", model=model, layer=layer, methods=methods, detail=f"{num_keys} keys")
+        raise error("cross-attention", layer=plan.layer.index, detail=f"{num_keys} keys", **about())
     if num_keys > total and not sequence.preallocated:
         raise refuse("key", f"It has {num_keys} keys for {total} tokens, so positions cannot be told.")
     place = (num_queries, num_keys, query.device)
@@ -466,7 +461,7 @@ def _read_call(
 
 def _refuse_unknown(plan: LayerPlan, kwargs: dict[str, Any]) -> None:
     for name, given in kwargs.items():
-        if name not in HONOURED | WITHOUT_INFLUENCE and given is not None and given is not False:
+        if name not in KNOWN and given is not None and given is not False:
             raise _refused(plan, name, "The engine does not know what it means for the weights.")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -70,7 +70,6 @@ class Recorder:
         layer: int,
         heads: Callable[[], Iterable[int]],
         rows: Tensor | int,
-        moved: Tensor | None,
     ) -> None:
         """Adds one call; ``rows`` is the number of its real queries, still on the device if padded."""
         record = self.records[position]
@@ -82,6 +81,10 @@ class Recorder:
             record.rows_without_padding += rows
         else:
             _add(record.rows, rows)
-        if moved is not None:
-            _add(record.moved, moved.detach())
+
+    def record_moved(self, position: int, masses: Sequence[Tensor]) -> None:
+        """Adds what the primitives of one call moved, if they move weight."""
+        if masses:
+            record = self.records[position]
+            _add(record.moved, torch.stack([mass.detach() for mass in masses]).sum())
             record.measured += 1

@@ -181,6 +181,8 @@ class _InFlight(threading.local):
     class_attention: dict[str, list[Tensor]] | None = None
     # In a second stream that runs as the model does unwrapped.
     without_edits: bool = False
+    # Of the call before: its position_ids and its sequence.
+    positions: tuple[int, int] | None = None
     # Rows below the prompts that lockstep.py has added.
     companions: int = 0
 
@@ -220,9 +222,16 @@ class SequenceTracker:
         in_backward = torch._C._current_graph_task_id() != -1
         if in_backward:
             return None if position_ids is None else self.of_positions.get(position_ids)
-        if position_ids is not None and self.in_flight.current is not None:
-            self.of_positions[position_ids] = self.in_flight.current
-        return self.in_flight.current
+        current = self.in_flight.current
+        # Each layer of a forward brings the same tensor.
+        if (
+            position_ids is not None
+            and current is not None
+            and self.in_flight.positions != (id(position_ids), id(current))
+        ):
+            self.of_positions[position_ids] = current
+            self.in_flight.positions = id(position_ids), id(current)
+        return current
 
     def before_outer_forward(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the whole model: a vision-language model gives its decoder embeddings, not tokens."""
@@ -346,7 +355,7 @@ class SequenceTracker:
         state.entered.clear()
         state.preallocated = isinstance(cache, Cache) and cache.is_compileable
         state.calls.clear()
-        self.in_flight.current = state
+        self.in_flight.current, self.in_flight.positions = state, None
         self._remember(cache)
 
     def _outer_tokens(self, batch: int, length: int) -> Tensor | None:

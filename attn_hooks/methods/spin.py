@@ -68,10 +68,11 @@ class SPIN(Edit):
             # The sum of the image's logits is the logit of the sum of its keys, which stay as they are.
             if KEY_SUM not in call.state:
                 image = image_keys(self, call) & inputs.key_valid
-                call.state[KEY_SUM] = image.float()[:, None, None] @ inputs.key.float(), image.any(1, keepdim=True)
+                key = inputs.key.to(torch.promote_types(inputs.key.dtype, torch.float32))
+                call.state[KEY_SUM] = image[:, None, None].to(key.dtype) @ key, image.any(1, keepdim=True)
             key_sum, sees_image = call.state[KEY_SUM]
             batch, num_heads, _, width = inputs.query.shape
-            query = inputs.query.float().reshape(batch, key_sum.shape[1], -1, width)
+            query = inputs.query.to(key_sum.dtype).reshape(batch, key_sum.shape[1], -1, width)
             return (query * key_sum).sum(-1).reshape(batch, num_heads), sees_image
         image = image_keys(self, call) & inputs.key_valid
         logits, visible = last_row_logits(call)
