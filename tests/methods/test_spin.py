@@ -85,6 +85,30 @@ def test_prefill_and_decode_are_the_sheet(edit: SPIN, family: str) -> None:
     torch.testing.assert_close(stepwise, expected[:, PROMPT - 1 :], **tolerance)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_decode_without_padding_is_the_sheet(beams: int) -> None:
+    """Where no mask, window or softcap acts on single keys, scores come from the sum of the image's keys."""
+    model, edit = llama(), SPIN(r=0.5, eps=0.1)
+    ids = batch()[0][:1].repeat(beams, 1)
+    # Beams go on with tokens of their own, and from others of their prompt.
+    more = torch.randint(3, 60, (beams, MORE), generator=torch.Generator().manual_seed(5))
+    rows = torch.arange(beams).flip(0)
+    ids = torch.cat([ids[:, :PROMPT], more], 1)
+    after = torch.cat([ids[rows, : PROMPT + 2], ids[:, PROMPT + 2 :]], 1)
+    silenced: list[tuple[int, ...]] = []
+    with literal_attention(model, literal_spin(edit, IMAGES[:1] * beams, [PROMPT - 1] * beams, silenced)):
+        expected = model(after).logits[:, PROMPT - 1 :]
+    assert len(set(silenced)) > 1
+    cache = DynamicCache(config=model.config)
+    with attn_hooks.editing(model, edit):
+        steps = [model(ids[:, :PROMPT], past_key_values=cache).logits[:, -1:]]
+        for place in range(PROMPT, ids.shape[1]):
+            if place == PROMPT + 2:
+                cache.reorder_cache(rows)
+            steps.append(model(ids[:, place : place + 1], past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(steps, 1)[:, 3:], expected[:, 3:], rtol=1e-9, atol=1e-9)
+
+
 def test_right_padding_moves_the_last_row() -> None:
     model = llama()
     ids, mask = (part[:, :PROMPT] for part in batch())
