@@ -27,7 +27,9 @@ def resolve_model(model: str) -> str:
         try:
             folder = attn_hooks.testbed_path(model)
         except attn_hooks.AttnHooksError as error:
-            raise EvaluationError(f"no shipped model {model!r}; {nearest(model, ['testbed-lm', 'testbed-vlm'])}") from error
+            raise EvaluationError(
+                f"no shipped model {model!r}; {nearest(model, ['testbed-lm', 'testbed-vlm'])}"
+            ) from error
         if not (folder / "config.json").is_file():
             raise EvaluationError(f"the shipped model {model!r} holds no config.json at {folder}: install it again")
         return str(folder)
@@ -37,7 +39,9 @@ def resolve_model(model: str) -> str:
             raise EvaluationError(f"the model folder {path} holds no config.json; give a folder of save_pretrained")
         return str(path)
     if not HUB_ID.match(model):
-        raise EvaluationError(f"no model {model!r}: give a folder, a hub id such as Qwen/Qwen2.5-7B, testbed-lm or testbed-vlm")
+        raise EvaluationError(
+            f"no model {model!r}: give a folder, a hub id such as Qwen/Qwen2.5-7B, testbed-lm or testbed-vlm"
+        )
     return model
 
 
