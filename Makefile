@@ -3,7 +3,7 @@
 # make lint   ruff, mypy, import-linter
 # make bench  speed and memory against what a user would run otherwise
 # make compat every causal-LM family of the installed transformers; writes docs/compatibility.md
-# make testbed-lm  train the shipped model again (one GPU)
+# make testbed-vlm  train the shipped vision-language model again (one GPU); testbed/lm/README.md has the other one's way
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM := false
 # A machine without an NVIDIA GPU gets the CPU build, which is this exact version.
 TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 
-.PHONY: demo test lint bench compat clean
+.PHONY: demo test lint bench compat testbed-vlm clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +52,13 @@ bench: $(VENV)/.installed
 
 compat: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto tests/compat $(ARGS)
+
+testbed-vlm: $(VENV)/.installed
+	$(BIN)/python -m testbed.vlm.train --out out/testbed_vlm/run --minutes 8.2 --save-at 0.25,0.5,0.75
+	$(BIN)/python -m testbed.vlm.export out/testbed_vlm/run/at_75.safetensors
+	cp out/testbed_vlm/run/curve.json models/testbed-vlm/training/run_1.json
+	$(BIN)/python -m testbed.vlm.evaluate models/testbed-vlm
+	$(BIN)/python -m testbed.vlm.card
 
 clean:
 	rm -rf $(VENV) results
