@@ -302,6 +302,12 @@ CATALOGUE: dict[str, Entry] = {
         "Later turns may bring text; what a later image is to the second stream is not defined.",
         "Give all images in the first forward, or start the sequence anew with the whole conversation.",
     ),
+    "candidates": Entry(
+        UnsupportedModelError,
+        "{model}: {method} tries all candidates for the next token in one forward and takes them back, and here {reason}.",
+        "Candidates stand at one position under a mask of their own, which these layers don't take.",
+        "Use it on a model without them, such as LLaVA.",
+    ),
     "stream-captured": Entry(
         UnsupportedArgumentError,
         "{model}: this forward is being captured in a CUDA graph, and {method} decides on the host whether its second stream runs.",

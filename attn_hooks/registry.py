@@ -23,6 +23,7 @@ SHIPPED = {
     "damro": "attn_hooks.methods.damro:DAMRO",
     "head_affine": "attn_hooks.methods.head_affine:HeadAffine",
     "imbalanced": "attn_hooks.methods.imbalanced:Imbalanced",
+    "opera": "attn_hooks.methods.opera:Opera",
     "pai": "attn_hooks.methods.pai:PAI",
     "pasta": "attn_hooks.methods.pasta:PASTA",
     "power": "attn_hooks.methods.power:PowerAttention",

@@ -30,7 +30,7 @@ from attn_hooks.errors import error
 from attn_hooks.layout import TokenKind, TokenLayout
 from attn_hooks.model_info import ModelInfo
 from attn_hooks.recorder import Recorder
-from attn_hooks.sequence import CLASS_ATTENTION, SequenceTracker, is_captured
+from attn_hooks.sequence import CLASS_ATTENTION, SequenceState, SequenceTracker, is_captured
 
 STREAMS_ATTRIBUTE = "attn_hooks_streams"
 # Of a forward's arguments, those with an entry for each new token, in the last dimension.
@@ -139,7 +139,7 @@ class TextGuidance(StreamEdit):
 
 
 @dataclass
-class _State:
+class StreamState:
     """The second stream of one batch. ``waiting``: arguments of the main stream's steps that it has not taken yet."""
 
     arguments: dict[str, Any]  # of the forward over its prompt
@@ -170,7 +170,7 @@ class _Following:
     """In place of a main cache's own method, which it calls: the second stream does as the main one."""
 
     original: Callable[..., Any]
-    state: _State
+    state: StreamState
 
     def __call__(self, rows: Tensor) -> Any:
         result = self.original(rows)
@@ -204,6 +204,8 @@ class _InFlight(threading.local):
     embeddings: Tensor | None = None
     past: int = 0
     is_second: bool = False
+    # Of the second stream's newest forward.
+    second: SequenceState | None = None
 
 
 class StreamRunner:
@@ -284,7 +286,7 @@ class StreamRunner:
         if (
             sequence is None
             or given.get("attention_mask") is None
-            or _two_dimensional(given["attention_mask"]) is not None
+            or two_dimensional(given["attention_mask"]) is not None
         ):
             return {}
         valid = sequence.layout.valid
@@ -292,7 +294,7 @@ class StreamRunner:
         missing = int(cache.get_seq_length()) - valid.shape[1]
         return {"attention_mask": functional.pad(valid, (0, max(0, missing)), value=True).long()}
 
-    def _begin(self, outer: Any, given: dict[str, Any]) -> _State | None:
+    def _begin(self, outer: Any, given: dict[str, Any]) -> StreamState | None:
         """The second stream of a prompt; None if it has no image."""
         sequence, embeddings = self.tracker.in_flight.current, self.in_flight.embeddings
         if sequence is None or not sequence.layout.images:
@@ -309,7 +311,7 @@ class StreamRunner:
         after_image = torch.where(
             prompt.image.any(0), torch.arange(prompt.image.shape[1], device=embeddings.device) + 1, 0
         )
-        state = _State(
+        state = StreamState(
             arguments={},
             same_tokens=second.keep is None,
             has_image=prompt.image.any(1),
@@ -321,7 +323,7 @@ class StreamRunner:
         unchanged = {name: value for name, value in given.items() if name not in ("past_key_values", "logits_to_keep")}
         if second.keep is None:
             return replace(state, arguments={**unchanged, **second.arguments})
-        mask = _two_dimensional(given.get("attention_mask"))
+        mask = two_dimensional(given.get("attention_mask"))
         keep = second.keep if mask is None else second.keep & mask.bool()
         # To the right, in order; what is left out becomes padding on the left.
         order = torch.sort(keep.to(torch.uint8), dim=1, stable=True).indices[:, -int(keep.sum(1).max()) :]
@@ -335,7 +337,7 @@ class StreamRunner:
         }
         return replace(state, arguments=arguments, prompt_mask=own_mask)
 
-    def _keep(self, cache: Cache | None, state: _State | None) -> None:
+    def _keep(self, cache: Cache | None, state: StreamState | None) -> None:
         """On the main cache, whose changes of rows the second stream has to follow."""
         if cache is None:
             return
@@ -352,7 +354,7 @@ class StreamRunner:
             if hasattr(type(cache), name):
                 setattr(cache, name, _Refusing(name, method, model))
 
-    def _combined(self, outer: nn.Module, state: _State, logits: Tensor) -> Tensor:
+    def _combined(self, outer: nn.Module, state: StreamState, logits: Tensor) -> Tensor:
         main, cutoff = logits.float(), self.edit.cutoff
         record = self.recorder.records[self.place]
         record.calls["decode" if state.waiting else "prefill"] += 1
@@ -376,7 +378,7 @@ class StreamRunner:
         result[:, : result.shape[1] - steps] = main[:, : result.shape[1] - steps]
         return result.to(logits.dtype)
 
-    def _advance(self, outer: nn.Module, state: _State, steps: int) -> Tensor:
+    def _advance(self, outer: nn.Module, state: StreamState, steps: int) -> Tensor:
         """Logits ``(B, steps, vocabulary)`` of the second stream, which takes all that waits."""
         logits = None
         if state.cache is None:
@@ -391,7 +393,7 @@ class StreamRunner:
         assert logits is not None
         return logits[:, -steps:]
 
-    def _waiting(self, state: _State) -> dict[str, Any]:
+    def _waiting(self, state: StreamState) -> dict[str, Any]:
         """The arguments of one forward over all tokens that wait."""
         newest, steps = state.waiting[-1], state.waiting
         joined = {
@@ -404,7 +406,7 @@ class StreamRunner:
         tokens = joined["input_ids"]
         assert state.cache is not None
         assert state.prompt_mask is not None
-        mask = _two_dimensional(newest.get("attention_mask"))
+        mask = two_dimensional(newest.get("attention_mask"))
         since = state.cache.get_seq_length() - state.prompt_mask.shape[1] + tokens.shape[1]
         generated = (
             state.prompt_mask.new_ones(tokens.shape[0], since) if mask is None else mask[:, state.prompt_length :]
@@ -424,7 +426,7 @@ class StreamRunner:
             output = outer(**{**arguments, "use_cache": True, "return_dict": True})
         finally:
             self.in_flight.is_second, flight.without_edits = False, False
-            flight.current = current
+            self.in_flight.second, flight.current = flight.current, current
         found: Tensor = output.logits
         return found
 
@@ -446,7 +448,7 @@ def _is_repeated(tokens: Tensor | None) -> bool:
     return tokens is not None and len(tokens) > 1 and bool((tokens[1:] == tokens[:-1]).all(1).any())
 
 
-def _two_dimensional(mask: Any) -> Tensor | None:
+def two_dimensional(mask: Any) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from attn_hooks.candidates import CandidateEdit, CandidateRunner
 from attn_hooks.class_token import read_class_attention
 from attn_hooks.edit import Edit
 from attn_hooks.errors import error
@@ -141,7 +142,8 @@ class Wrapping:
         tracker, (_, decoder) = self._tracker_of(model, module_name), _decoder_of(model, module_name)
         if edit.changes_pixels and hasattr(model, PIXELS_ATTRIBUTE):
             vars(model)[PIXELS_ATTRIBUTE] = PixelsToForward()
-        runner = StreamRunner(edit, place, self.info, tracker, self.recorder)
+        runner_type = CandidateRunner if isinstance(edit, CandidateEdit) else StreamRunner
+        runner = runner_type(edit, place, self.info, tracker, self.recorder)
         self.hooked["second stream"] = [
             model.register_forward_pre_hook(runner.before_forward, with_kwargs=True),
             decoder.register_forward_pre_hook(runner.before_decoder, with_kwargs=True),

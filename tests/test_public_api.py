@@ -36,6 +36,7 @@ ATTN_HOOKS = {
     "Imbalanced",
     "LayerInfo",
     "ModelInfo",
+    "Opera",
     "PatchGrid",
     "PowerAttention",
     "SinkScale",

@@ -15,7 +15,7 @@ OFFSET = torch.linspace(-0.1, 0.1, LAYERS * HEADS * HEAD_DIM).reshape(LAYERS, HE
 PROMPT = 14
 
 # Their tests are their own: they need more of a model than the tiny language models here have.
-NEED_A_VISION_TOWER = {"agla", "damro", "imbalanced", "vcd", "vhr"}
+NEED_A_VISION_TOWER = {"agla", "damro", "imbalanced", "opera", "vcd", "vhr"}
 
 
 @dataclass(frozen=True)

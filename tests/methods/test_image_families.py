@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import attn_hooks
-from attn_hooks import AGLA, DAMRO, EAH, PAI, SPIN, VAR, VCD, VHR, AttnHooksError, Edit, Imbalanced
+from attn_hooks import AGLA, DAMRO, EAH, PAI, SPIN, VAR, VCD, VHR, AttnHooksError, Edit, Imbalanced, Opera
 from attn_hooks.methods.var import sink_strength
 from tests.hooks import vlms
 
@@ -61,6 +61,8 @@ REFUSED = {
     ("vcd", "blip-2"),
     ("vcd", "instructblip"),
     ("vhr", "gemma3"),
+    # Positions of their own, sliding windows, and generation without the model's forward.
+    *(("opera", family) for family in FAMILIES if "qwen" in family or "blip" in family or "gemma" in family),
 }
 CASES = {
     "agla": Case(
@@ -71,6 +73,10 @@ CASES = {
     "imbalanced": Case(
         active=same(Imbalanced(gamma=1.0, alpha=2.0, layers=LAYERS)),
         neutral=same(Imbalanced(gamma=1.0, alpha=0.0, beta=0.0, layers=LAYERS)),
+    ),
+    "opera": Case(
+        active=same(Opera(faithful="code", alpha=30.0, candidates=100)),
+        neutral=same(Opera(alpha=0.0, candidates=vlms.VOCAB_SIZE)),
     ),
     "pai": Case(
         active=same(PAI(gamma=1.0, alpha=2.0, layers=LAYERS)), neutral=same(PAI(gamma=1.0, alpha=0.0, layers=LAYERS))
