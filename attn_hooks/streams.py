@@ -435,12 +435,34 @@ class StreamRunner:
 def _without_plans() -> Iterator[None]:
     """cuDNN makes a plan for every new number of queries and keys, which takes longer than the step that it is for. Here both
     numbers change from step to step."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    _plans.refuse()
     try:
         yield
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+        _plans.allow()
+
+
+class _Plans:
+    """cuDNN's switch is the whole process': the first of several threads turns it off, and the last one back."""
+
+    def __init__(self) -> None:
+        self.lock, self.refusing, self.before = threading.Lock(), 0, True
+
+    def refuse(self) -> None:
+        with self.lock:
+            if self.refusing == 0:
+                self.before = torch.backends.cuda.cudnn_sdp_enabled()
+                torch.backends.cuda.enable_cudnn_sdp(False)
+            self.refusing += 1
+
+    def allow(self) -> None:
+        with self.lock:
+            self.refusing -= 1
+            if self.refusing == 0:
+                torch.backends.cuda.enable_cudnn_sdp(self.before)
+
+
+_plans = _Plans()
 
 
 def _is_repeated(tokens: Tensor | None) -> bool:

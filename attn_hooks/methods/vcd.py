@@ -11,8 +11,9 @@ Defaults: alpha 1, beta 0.1 (0.2 in the POPE script), T 500, and sampling at tem
 beams take the same logits here. The identity is alpha 0 and beta 0.
 
 The noise is drawn once an image, on the CPU, from ``seed``: each image of a batch gets the same, so that a result does not
-depend on its neighbours. Families that flatten all patches of a batch into one list (Qwen2-VL and its successors) draw it over
-that list. Steps in which one token alone passes the cutoff are certain without the second stream, which then does not run.
+depend on its neighbours, and beams of a prompt see one image. Families that flatten all patches of a batch into one list
+(Qwen2-VL and its successors) draw it over the patches of each image. Steps in which one token alone passes the cutoff are
+certain without the second stream, which then does not run.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from attn_hooks.errors import error
 from attn_hooks.streams import Prompt, SecondStream, StreamEdit
 
 DIFFUSION_STEPS, LOWEST_BETA, HIGHEST_BETA, SIGMOID_RANGE = 1000, 1e-5, 5e-3, 6.0
-PIXELS = ("pixel_values", "pixel_values_videos")
+PIXELS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
+"""With the argument that says how many flattened patches an image has."""
 
 
 class VCD(StreamEdit):
@@ -52,16 +54,20 @@ class VCD(StreamEdit):
         return self.beta
 
     def second_stream(self, prompt: Prompt) -> SecondStream:
-        pixels = {name: prompt.given[name] for name in PIXELS if isinstance(prompt.given.get(name), Tensor)}
+        given = prompt.given
+        pixels = {name: given[name] for name in PIXELS if isinstance(given.get(name), Tensor)}
         if not pixels:
             raise error("no-pixels", method=self.method, model=prompt.model.model_class)
-        return SecondStream({name: self.noised(value) for name, value in pixels.items()})
+        return SecondStream({name: self.noised(value, given.get(PIXELS[name])) for name, value in pixels.items()})
 
     def combine(self, logits: Tensor, second: Tensor) -> Tensor:
         return (1 + self.alpha) * logits - self.alpha * second
 
-    def noised(self, pixels: Tensor) -> Tensor:
-        """Equation 3 on ``pixels``, images first; a list of flattened patches ``(patches, channels)`` is one image."""
+    def noised(self, pixels: Tensor, grids: Tensor | None = None) -> Tensor:
+        """Equation 3 on ``pixels``, images first. A list of flattened patches ``(patches, channels)`` is one image, or those of
+        ``grids`` ``(images, 3)``, one after the other."""
+        if pixels.ndim == 2 and grids is not None:
+            return torch.cat([self.noised(image) for image in pixels.split(grids.prod(-1).tolist())])
         kept = signal_kept(self.step)
         generator = torch.Generator().manual_seed(self.seed)
         of_one = pixels.shape[1:] if pixels.ndim > 2 else pixels.shape

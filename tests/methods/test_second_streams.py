@@ -70,9 +70,9 @@ def generated(model: Any, inputs: dict[str, Any], **more: Any) -> Any:
 
 def noised(inputs: dict[str, Any], edit: VCD) -> dict[str, Any]:
     changed = dict(inputs)
-    for name in ("pixel_values", "pixel_values_videos"):
+    for name, grids in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
         if name in inputs:
-            changed[name] = edit.noised(inputs[name])
+            changed[name] = edit.noised(inputs[name], inputs.get(grids))
     return changed
 
 
@@ -188,6 +188,29 @@ def test_the_noise_is_the_paper_s() -> None:
         kept *= 1 - (1 / (1 + math.exp(-(-6 + 12 * t / 999))) * (5e-3 - 1e-5) + 1e-5)
     assert signal_kept(500) == pytest.approx(kept, rel=1e-6)
     assert not torch.equal(VCD(seed=1).noised(pixels), found)
+
+
+@torch.no_grad()
+def test_flattened_images_get_the_noise_that_they_get_alone() -> None:
+    """Beams repeat the patches of an image, and its neighbours in a batch may be of another size."""
+    edit = VCD(step=500)
+    patches = vlms.pixels(4 + 6 + 4, 24)
+    found = edit.noised(patches, torch.tensor([[1, 2, 2], [1, 2, 3], [1, 2, 2]]))
+    expected = torch.cat([edit.noised(image) for image in (patches[:4], patches[4:10], patches[10:])])
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, edit.noised(patches))
+
+
+def test_cudnn_is_back_when_the_last_thread_is_done() -> None:
+    """Its switch is the whole process', and the thread that came first may leave first."""
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    first, second = streams._without_plans(), streams._without_plans()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    second.__exit__(None, None, None)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @torch.no_grad()
