@@ -279,10 +279,11 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "stream-beams": Entry(
         UnsupportedArgumentError,
-        "{model}: neighbouring prompts of this batch are the same and have several images each, as beams have, and {method} needs "
-        "their pixels, which generate() repeats in another order than the prompts.",
-        "transformers repeats pixel_values image by image for beams, and prompts prompt by prompt.",
-        "Generate without beams, with one image a prompt, or keep equal prompts apart in the batch.",
+        "{model}: for beams and for several sequences a prompt generate() repeats the entries of these prompts' pixels, which "
+        "are not a whole prompt's each, in another order than the prompts, and {method} needs them.",
+        "transformers repeats pixel_values entry by entry: images of a prompt with several, tiles, or the flattened patches of "
+        "Qwen2-VL and its successors.",
+        "Generate one sequence a prompt without beams; call generate() again for another sample.",
     ),
     "stream-cache": Entry(
         UnsupportedArgumentError,

@@ -199,6 +199,40 @@ class PixelsToForward:
         return False
 
 
+@dataclass(frozen=True)
+class PixelsOfPrompts:
+    """In place of the ``_expand_inputs_for_generation`` of a model whose pixels come to its forward. transformers repeats them
+    entry by entry there, which is right only where an entry is all that a prompt shows."""
+
+    model: Any
+    info: ModelInfo
+    method: str
+
+    def __call__(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **given: Any,
+    ) -> Any:
+        if expand_size > 1 and input_ids is not None:
+            spans = self.info.images_in(input_ids, given)
+            for name, number in (
+                ("pixel_values", sum(not span.video for span in spans)),
+                ("pixel_values_videos", sum(span.video for span in spans)),
+            ):
+                pixels = given.get(name)
+                # Idefics has the images of a prompt in one entry.
+                if isinstance(pixels, Tensor) and not (
+                    (pixels.ndim > 2 and len(pixels) == number) or (pixels.ndim == 5 and len(pixels) == len(input_ids))
+                ):
+                    raise error("stream-beams", method=self.method, model=self.info.model_class)
+            if any(span.image for span in spans):
+                raise error("stream-beams", method=self.method, model=self.info.model_class)
+        plain = type(self.model)._expand_inputs_for_generation
+        return plain(self.model, expand_size, is_encoder_decoder, input_ids, **given)
+
+
 class _InFlight(threading.local):
     given: dict[str, Any] | None = None
     embeddings: Tensor | None = None
@@ -302,8 +336,6 @@ class StreamRunner:
         if embeddings is None:
             embeddings = outer.get_input_embeddings()(given["input_ids"])
         tokens = given.get("input_ids")
-        if self.edit.changes_pixels and _is_repeated(tokens) and any(span.image for span in sequence.layout.images):
-            raise error("stream-beams", method=self.edit.method, model=self.model.model_class)
         seen = sequence.of_forward.get((CLASS_ATTENTION,))
         prompt = Prompt(given, embeddings, tokens, sequence.layout, self.model, seen, sequence.of_forward)
         second = self.edit.second_stream(prompt)
@@ -463,11 +495,6 @@ class _Plans:
 
 
 _plans = _Plans()
-
-
-def _is_repeated(tokens: Tensor | None) -> bool:
-    """Whether two neighbours are the same prompt, as generate() repeats it for beams."""
-    return tokens is not None and len(tokens) > 1 and bool((tokens[1:] == tokens[:-1]).all(1).any())
 
 
 def two_dimensional(mask: Any) -> Tensor | None:

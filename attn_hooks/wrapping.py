@@ -32,12 +32,13 @@ from attn_hooks.model_info import (
 from attn_hooks.recorder import EditRecord, Recorder
 from attn_hooks.registry import resolve_edits
 from attn_hooks.sequence import SequenceTracker
-from attn_hooks.streams import PixelsToForward, StreamEdit, StreamRunner
+from attn_hooks.streams import PixelsOfPrompts, PixelsToForward, StreamEdit, StreamRunner
 
 WRAPPING_ATTRIBUTE = "attn_hooks_wrapping"
 KEY_ATTRIBUTE = "attn_hooks_key"
 # Of transformers' generate(), in versions that encode images before the forward.
 PIXELS_ATTRIBUTE = "_supports_mm_encoder_outputs"
+EXPANSION_ATTRIBUTE = "_expand_inputs_for_generation"
 
 
 class EditNeverActedWarning(UserWarning):
@@ -105,7 +106,8 @@ class Wrapping:
             for handle in handles:
                 handle.remove()
         self.own_configs, self.hooked = {}, {}
-        vars(model).pop(PIXELS_ATTRIBUTE, None)
+        for name in (PIXELS_ATTRIBUTE, EXPANSION_ATTRIBUTE):
+            vars(model).pop(name, None)
         delattr(model, WRAPPING_ATTRIBUTE)
 
     def edits_of_layer(self, layer: int) -> tuple[tuple[int, Edit], ...]:
@@ -142,6 +144,7 @@ class Wrapping:
         tracker, (_, decoder) = self._tracker_of(model, module_name), _decoder_of(model, module_name)
         if edit.changes_pixels and hasattr(model, PIXELS_ATTRIBUTE):
             vars(model)[PIXELS_ATTRIBUTE] = PixelsToForward()
+            vars(model)[EXPANSION_ATTRIBUTE] = PixelsOfPrompts(model, self.info, edit.method)
         runner_type = CandidateRunner if isinstance(edit, CandidateEdit) else StreamRunner
         runner = runner_type(edit, place, self.info, tracker, self.recorder)
         self.hooked["second stream"] = [

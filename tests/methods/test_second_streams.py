@@ -273,6 +273,47 @@ def refused(code: str, action: Callable[[], Any]) -> None:
     assert refusal.value.code == code
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_several_sequences_of_a_prompt_see_its_image_or_are_refused(family: str) -> None:
+    """Without an effect of its own the method leaves beams as they are, though it has the pixels come to the forward."""
+    model, inputs = vlms.CASES[family].model(), last_prompt(vlms.CASES[family])
+    two = {"max_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True, "do_sample": False}
+    several = {**two, "num_beams": 2, "num_return_sequences": 2}
+    plain = model.generate(**inputs, **several)
+    with attn_hooks.editing(model, VCD(alpha=0.0, beta=0.0)):
+        if inputs["pixel_values"].ndim == 2 or family == "internvl":
+            refused("stream-beams", lambda: model.generate(**inputs, **several))
+            model.generate(**inputs, **two)
+            return
+        found = model.generate(**inputs, **several)
+    assert torch.equal(found.sequences, plain.sequences)
+    torch.testing.assert_close(found.logits, plain.logits)
+
+
+def last_prompt(case: vlms.Case) -> dict[str, Any]:
+    """The batch's last prompt alone, which has one image, the last."""
+    inputs = {name: value for name, value in case.inputs().items() if "video" not in name}
+    patches = int(inputs["image_grid_thw"][-1].prod()) if "image_grid_thw" in inputs else 1
+    tiles = 2 if case is vlms.CASES["internvl"] else patches
+    real = inputs["attention_mask"][2].bool()
+    alone = {name: value[-tiles:] if name == "pixel_values" else value[-1:] for name, value in inputs.items()}
+    of_tokens = {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"} & set(alone)
+    return alone | {name: alone[name][:, real] for name in of_tokens}
+
+
+@torch.no_grad()
+def test_equal_prompts_side_by_side_are_no_beams() -> None:
+    """A batch that asks the same of several pairs of images."""
+    case = vlms.CASES["llava"]
+    inputs = {**vlms.batch_of([case.rows[0]] * 2), "pixel_values": vlms.pixels(4, 3, vlms.PIXELS, vlms.PIXELS)}
+    model, edit = case.model(), VCD(beta=0.0)
+    expected = 2 * model(**inputs).logits[:, -1] - model(**noised(inputs, edit)).logits[:, -1]
+    with attn_hooks.editing(model, edit):
+        found = generated(model, inputs)
+    torch.testing.assert_close(found.logits[0], expected, rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = vlms.CASES["llava"].model(), vlms.CASES["llava"].inputs()
