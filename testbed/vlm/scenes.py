@@ -28,6 +28,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -141,7 +142,7 @@ def _both(questions: Iterator[str]) -> tuple[str, str]:
 
 
 def write_scenes(out: Path, split: Split, scenes: int) -> dict[str, Any]:
-    """Write a split's first scenes.
+    """Write a split's first scenes: all of the folder or, if it is stopped, none.
 
     Args:
         out: the folder, made if it isn't there.
@@ -158,8 +159,18 @@ def write_scenes(out: Path, split: Split, scenes: int) -> dict[str, Any]:
         raise ValueError(
             f"the split {split.name} has {split.scenes} scenes, not {scenes}: give --scenes 1 to {split.scenes}"
         )
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: give --out a new folder")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} holds files already: give --out a new folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f"{out.name}_unfinished_", dir=out.parent) as unfinished:
+        manifest = _write_all(Path(unfinished) / out.name, split, scenes)
+        (Path(unfinished) / out.name).rename(out)
+    return manifest
+
+
+def _write_all(out: Path, split: Split, scenes: int) -> dict[str, Any]:
     from PIL import Image
 
     layout = split.layout("cpu")[:scenes]
@@ -238,8 +249,8 @@ def main() -> None:
     given = parser.parse_args()
     split = SPLITS[given.split]
     try:
-        manifest = write_scenes(given.out, split, given.scenes or split.scenes)
-    except ValueError as error:
+        manifest = write_scenes(given.out, split, split.scenes if given.scenes is None else given.scenes)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     print(
         f"{manifest['scenes']} scenes, {len(manifest['sha256'])} files in {given.out}, pixels {manifest['pixels'][:16]}"

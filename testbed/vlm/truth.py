@@ -186,9 +186,8 @@ def _one(place: Place, split: str, method: str | None, settings: Settings) -> An
 class Runs:
     """Runs in several processes; what failed is kept and told at the end."""
 
-    def __init__(self, place: Place, processes: int) -> None:
-        self.place = place
-        self.pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    def __init__(self, place: Place, pool: ProcessPoolExecutor) -> None:
+        self.place, self.pool = place, pool
         self.errors: list[dict[str, Any]] = []
 
     def __call__(self, split: str, asked: Sequence[tuple[str | None, Settings]]) -> list[Any]:
@@ -218,6 +217,11 @@ def run(place: Place, studies: Sequence[Study], processes: int) -> dict[str, Any
         ``{"meta", "unedited", "tune", "test", "errors"}``: each row of ``tune`` has method, settings and figures; each of
         ``test`` method, what its settings are (default, or chosen for pope or chair), settings, and paired metrics.
     """
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return _run(place, studies, Runs(place, pool))
+
+
+def _run(place: Place, studies: Sequence[Study], runs: Runs) -> dict[str, Any]:
     from attn_eval.environment import describe_environment
 
     for split in ("tune", "test"):
@@ -225,7 +229,6 @@ def run(place: Place, studies: Sequence[Study], processes: int) -> dict[str, Any
     if any(study.method == "var" for study in studies):
         dims = sink_dims(place)
         print(f"dimensions of sinks by tau: {dims}", flush=True)
-    runs = Runs(place, processes)
 
     def completed(method: str, settings: Settings) -> Settings | None:
         """With the dimensions that VAR needs; None where no token reaches this tau."""
@@ -320,6 +323,9 @@ def main() -> None:
     unknown = [name for name in given.methods.split(",") if name not in by_method]
     if unknown:
         parser.error(f"no study of {', '.join(unknown)}: --methods takes {', '.join(by_method)}")
+    most = min(SPLITS[split].scenes for split in ("tune", "test"))
+    if given.scenes is not None and not 0 < given.scenes <= most:
+        parser.error(f"--scenes takes 1 to {most}, or leave it out for all of each split")
     place = Place(given.model.resolve(), given.work.resolve(), given.dtype, given.batch, given.scenes)
     found = run(place, [by_method[name] for name in given.methods.split(",")], given.processes)
     given.out.parent.mkdir(parents=True, exist_ok=True)

@@ -72,6 +72,17 @@ def test_another_folder_and_too_many_scenes_are_refused(folder: Path, tmp_path: 
     with pytest.raises(ValueError, match="has 250 scenes, not 251"):
         write_scenes(tmp_path / "tune", SPLITS["tune"], 251)
     assert not (tmp_path / "tune").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file"):
+        write_scenes(tmp_path / "file", SPLITS["test"], 2)
+
+
+def test_scenes_that_were_stopped_leave_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study takes a folder that is there for whole, and writes one that isn't."""
+    monkeypatch.setattr("testbed.vlm.scenes.mme_questions", lambda _layout: {"count": {1: ("no answer",)}})
+    with pytest.raises(ValueError, match="not enough values"):
+        write_scenes(tmp_path / "stopped", SPLITS["test"], 2)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_companions_are_missing_where_the_split_says_so() -> None:
