@@ -58,21 +58,25 @@ class RunLog:
         return (run, sample) in self.records
 
     def take_baseline(self, other: Path) -> None:
-        """Copy the answers of the model as it is from another run's log, as far as it holds them.
+        """Copy the answers of the model as it is from another run's log, as far as it holds them."""
+        self.add([record for record in _complete_lines(other / SAMPLES) if record["run"] == BASELINE])
+
+    @staticmethod
+    def check_baseline(other: Path, manifest: Record) -> None:
+        """Whether a run with this manifest may take over the answers of another one's model as it is.
 
         Raises:
             EvaluationError: there is no run in the folder, or one whose model as it is might answer otherwise.
         """
         if not (other / MANIFEST).is_file():
             raise EvaluationError(f"no run.json in {other}: give --baseline the folder of another 'attn-hooks run'")
-        mine, its = ({**_read_json(folder / MANIFEST), "recipe": None} for folder in (self.folder, other))
+        mine, its = ({**given, "recipe": None} for given in (manifest, _read_json(other / MANIFEST)))
         changed = sorted(key for key in {*mine, *its} if mine.get(key) != its.get(key))
         if changed:
             raise EvaluationError(
                 f"{other} holds a run that differs in its {' and '.join(changed).replace('_', ' ')}, so its baseline is not "
                 "this one's: leave --baseline out"
             )
-        self.add([record for record in _complete_lines(other / SAMPLES) if record["run"] == BASELINE])
 
     def add(self, records: Iterable[Record]) -> None:
         """Write records that are not there yet; they are on the disk when this returns."""

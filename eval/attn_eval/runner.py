@@ -115,11 +115,15 @@ def run_recipe(
             rows = [item for item in task.items if isinstance(item, Row | Question)]
             if rows:
                 write_rows(rows, folder / "data" / f"{task.settings.name}.jsonl")
-    log = RunLog(folder, _manifest(recipe, model, prepared, limit))
+    manifest, notes = _manifest(recipe, model, prepared, limit), _notes(asker, prepared)
+    if baseline is not None:
+        # Before the folder belongs to this run.
+        RunLog.check_baseline(baseline, manifest)
+    log = RunLog(folder, manifest)
     if baseline is not None:
         log.take_baseline(baseline)
+        notes.append(f"the answers without edits, and their times, are those of {baseline}")
 
-    notes = _notes(asker, prepared)
     runs = [BASELINE, EDITED] if edits else [BASELINE]
     started = time.perf_counter()
     resumed = sum(log.has(run, item.id) for run in runs for task in prepared for item in task.items)

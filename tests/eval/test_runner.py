@@ -142,12 +142,17 @@ def test_a_sweep_asks_the_baseline_once(recipe: Recipe, tmp_path: Path, monkeypa
     with_answers(monkeypatch, lambda row, edited: oracles.oracle(row) if edited else pytest.fail("asked again"))
     results = run_recipe(recipe, tmp_path / "edited", baseline=tmp_path / "none", console=QUIET)
     assert results["metrics"] == whole["metrics"]
+    assert results["notes"] == [
+        *whole["notes"],
+        f"the answers without edits, and their times, are those of {tmp_path / 'none'}",
+    ]
 
     with pytest.raises(EvaluationError, match=r"no run.json .* give --baseline"):
         run_recipe(recipe, tmp_path / "other", baseline=tmp_path, console=QUIET)
     other = recipe.model_copy(update={"batch_size": recipe.batch_size + 1})
     with pytest.raises(EvaluationError, match="differs in its baseline recipe, so its baseline is not"):
         run_recipe(other, tmp_path / "third", baseline=tmp_path / "none", console=QUIET)
+    assert not (tmp_path / "other").exists() and not (tmp_path / "third").exists()
 
 
 def test_two_runs_are_compared_pair_by_pair_where_the_data_agree(
