@@ -109,7 +109,8 @@ class SequenceState:
     entered: dict[str, Tensor] = field(default_factory=dict)
 
     def keep_rows(self, rows: int) -> None:
-        """The first ``rows`` sequences alone go on, of twice as many."""
+        """The first ``rows`` sequences alone go on, of twice as many. ``of_forward`` stays until the next one: a second stream asks
+        what was read there, by the number of a sample."""
 
         def kept(value: Any) -> Any:
             return value[:rows] if isinstance(value, Tensor) and value.ndim and len(value) == 2 * rows else value
@@ -117,7 +118,6 @@ class SequenceState:
         self.layout = self.layout.first_rows(rows)
         for state in self.of_method.values():
             state.update({name: kept(value) for name, value in state.items()})
-        self.of_forward.clear()
 
     def state_of(self, owner: tuple[str, int, int]) -> dict[str, Any]:
         """The memory of one edit in one layer: ``(plan, edit, layer)``. A layer that runs several times a forward (recurrent

@@ -187,6 +187,19 @@ def test_beams_streams_and_other_methods_go_with_it() -> None:
     assert together.shape == greedy.shape
 
 
+@pytest.mark.parametrize("edit", [attn_hooks.AGLA(beta=0.1, keep=0.5), attn_hooks.DAMRO(beta=0.0, tokens=3)], ids=str)
+def test_what_other_methods_read_of_the_prompt_is_still_there(edit: Any) -> None:
+    """With companions that change nothing the second stream of another method is what it is without them."""
+    case = vlms.CASES["llava"]
+    model, given = case.model(), {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+    with attn_hooks.editing(model, edit):
+        alone = model.generate(**case.inputs(), **given, output_logits=True, return_dict_in_generate=True)
+    with attn_hooks.editing(model, VHR(alpha=1.0, layers=LAYERS), edit):
+        found = model.generate(**case.inputs(), **given, output_logits=True, return_dict_in_generate=True)
+    assert torch.equal(found.sequences, alone.sequences)
+    torch.testing.assert_close(found.logits, alone.logits, rtol=1e-4, atol=1e-5)
+
+
 def refused(code: str, action: Callable[[], Any]) -> None:
     with pytest.raises(AttnHooksError) as refusal:
         action()
