@@ -28,7 +28,7 @@ from attn_hooks.model_info import ModelInfo
 from attn_hooks.prompt import answering_rows, image_keys, last_row_logits, require_all_heads
 from attn_kernels import HeadAffine, Primitive
 
-KEY_SUM = "sum of the image's keys"
+KEY_SUM, SUMMED_AT = "sum of the image's keys", "length at which the sum was last used"
 
 
 class SPIN(Edit):
@@ -65,11 +65,12 @@ class SPIN(Edit):
         inputs = call.inputs
         each_alone = (inputs.softcap, inputs.window, inputs.mask, inputs.bias)
         if call.phase == "decode" and all(given is None for given in each_alone):
-            # The sum of the image's logits is the logit of the sum of its keys, which stay as they are.
-            if KEY_SUM not in call.state:
+            # The sum of the image's logits is the logit of the sum of its keys, which stay from one step to the next.
+            if call.state.get(SUMMED_AT) != call.layout.length - 1:
                 image = image_keys(self, call) & inputs.key_valid
                 key = inputs.key.to(torch.promote_types(inputs.key.dtype, torch.float32))
                 call.state[KEY_SUM] = image[:, None, None].to(key.dtype) @ key, image.any(1, keepdim=True)
+            call.state[SUMMED_AT] = call.layout.length
             key_sum, sees_image = call.state[KEY_SUM]
             batch, num_heads, _, width = inputs.query.shape
             query = inputs.query.to(key_sum.dtype).reshape(batch, key_sum.shape[1], -1, width)

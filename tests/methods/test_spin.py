@@ -109,6 +109,24 @@ def test_decode_without_padding_is_the_sheet(beams: int) -> None:
     torch.testing.assert_close(torch.cat(steps, 1)[:, 3:], expected[:, 3:], rtol=1e-9, atol=1e-9)
 
 
+def test_a_cache_cropped_within_the_image_has_the_sum_of_what_is_left() -> None:
+    model, edit = llama(), SPIN(r=0.5, eps=0.1)
+    ids = batch()[0][:1]
+    left = 5
+    found = []
+    with attn_hooks.editing(model, edit):
+        for steps in (2, 0):
+            cache = DynamicCache(config=model.config)
+            model(ids[:, :PROMPT], past_key_values=cache)
+            for place in range(PROMPT, PROMPT + steps):
+                model(ids[:, place : place + 1], past_key_values=cache)
+            cache.crop(left - PROMPT - steps)
+            found.append(
+                [model(ids[:, [place]], past_key_values=cache).logits for place in range(PROMPT, PROMPT + MORE)]
+            )
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
 def test_right_padding_moves_the_last_row() -> None:
     model = llama()
     ids, mask = (part[:, :PROMPT] for part in batch())
