@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from attn_kernels import AttentionInputs, HeadAffine, Primitive, Tap, edited_attention, edited_weights, head_affine
+from attn_kernels import (
+    AttentionInputs,
+    HeadAffine,
+    Order,
+    Primitive,
+    Tap,
+    edited_attention,
+    edited_weights,
+    head_affine,
+)
 
 if TYPE_CHECKING:
     from attn_kernels.edited_attention.lowering import LoweredEdits
@@ -25,8 +34,9 @@ class Prepared:
     """What the edits of a layer answered to a call, and beside each primitive which edit it belongs to.
 
     ``lowered`` is made by the first call that runs on a GPU. ``vendor`` holds plain attention's output and log-sum-exp of
-    this call, if a method's tap has computed them. ``is_settled``: they serve later calls of their kind, too. ``attends_as``
-    and ``routed_by``: whose queries and keys all heads use (see ``routed``), and the edit that said so.
+    this call, if a method's tap has computed them. ``is_settled``: they serve later calls of their kind, too, for which
+    they are ``kept``. ``attends_as`` and ``routed_by``: whose queries and keys all heads use (see ``routed``), and the edit
+    that said so.
     """
 
     primitives: list[Primitive]
@@ -34,6 +44,7 @@ class Prepared:
     lowered: LoweredEdits | None = None
     vendor: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     is_settled: bool = True
+    kept: bool = False
     attends_as: Tensor | None = None
     routed_by: int | None = None
 
@@ -43,6 +54,11 @@ class Prepared:
         routed_by = [self.routed_by] if self.routed_by is not None and self.attends_as is not None else []
         pairs = zip(self.owners, self.primitives, strict=True)
         return tuple(dict.fromkeys([*routed_by, *(owner for owner, edit in pairs if not isinstance(edit, Tap))]))
+
+    @property
+    def takes_later_keys(self) -> bool:
+        """Whether keys to come have their place: they lie outside of groups, but an order's values have to be given."""
+        return not any(isinstance(edit, Order) and edit.key_value is not None for edit in self.primitives)
 
     @functools.cached_property
     def is_trained(self) -> bool:
@@ -149,7 +165,7 @@ def in_pytorch(
     if len(recomputed):
         weights = edited_weights(inputs, weight_edits) if wants_weights else None
     path = "pytorch" if len(recomputed) else "backend + affine"
-    return Result(head_affine(output, primitives), weights, path, why, len(recomputed) > 0, recomputed)
+    return Result(head_affine(output, primitives, inputs.query), weights, path, why, len(recomputed) > 0, recomputed)
 
 
 def heads_recomputed(edits: Sequence[Primitive], inputs: AttentionInputs) -> Tensor:

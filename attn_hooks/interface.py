@@ -25,6 +25,7 @@ from attn_hooks.errors import AttnHooksError, error
 from attn_hooks.layout import TokenKind, TokenLayout
 from attn_hooks.model_info import HONOURED_BACKENDS, IMPLEMENTATION_PREFIX, LayerInfo, ModelInfo, eager_attention_of
 from attn_hooks.recorder import Recorder
+from attn_hooks.repeated import RepeatedStep
 from attn_hooks.selected_keys import selected_keys_mask
 from attn_hooks.sequence import SequenceState, SequenceTracker, SharedByLayers, StaticStep, is_captured, share
 from attn_hooks.settled import Settled, run_settled, settle
@@ -33,6 +34,7 @@ from attn_kernels import AttentionInputs, Primitive, edited_attention, moved_mas
 from attn_kernels.primitives import TapKind
 
 PLAN_ATTRIBUTE = "attn_hooks_plan"
+REPEATED = "repeated"
 
 # What a call may carry beside its tensors: honoured by the engine, or without influence on attention itself.
 HONOURED = {
@@ -113,12 +115,17 @@ def _forward_for(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             return _without_host(plan, step, unedited, module, query, key, value, attention_mask, kwargs)
         if plan.tracker.in_flight.without_edits:
             return unedited(module, query, key, value, attention_mask, **kwargs)
-        return _edited(plan, unedited, module, query, key, value, attention_mask, kwargs)
+        edited = _edited_outside_of_graph if torch.compiler.is_compiling() else _edited
+        return edited(plan, unedited, module, query, key, value, attention_mask, kwargs)
 
     return attention
 
 
 @torch.compiler.disable(reason="attn_hooks edits this call on the host; see before_forward")
+def _edited_outside_of_graph(*call: Any) -> tuple[Tensor, Tensor | None]:
+    return _edited(*call)
+
+
 def _edited(
     plan: LayerPlan,
     unedited: Callable[..., Any],
@@ -129,13 +136,19 @@ def _edited(
     attention_mask: Tensor | None,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    inputs, sequence, shared = _read_call(plan, module, query, key, value, attention_mask, kwargs)
     layer = plan.layer.index
+    wants_weights = kwargs.get("output_attentions") or getattr(plan.own_config, "output_attentions", False)
+    current = plan.tracker.in_flight.current
+    repeated = None if current is None else current.of_decode.get((REPEATED, layer))
+    if repeated is not None and current is not None and not wants_weights and not _is_measured(plan, current, query):
+        again = repeated.run(current, plan.recorder, layer, query, key, value, attention_mask, kwargs)
+        if again is not None:
+            return again, None
+    inputs, sequence, shared = _read_call(plan, module, query, key, value, attention_mask, kwargs)
     sequence.calls[layer] += 1
     heads = local_heads(module, query, plan.layer.num_heads, plan.model.model_class, layer)
     phase = _phase(sequence)
     prepared = _prepare(plan, inputs, sequence, shared, heads, phase)
-    wants_weights = kwargs.get("output_attentions") or getattr(plan.own_config, "output_attentions", False)
     inputs = routed(inputs, prepared.attends_as)
 
     def plain() -> tuple[Tensor, Tensor | None]:
@@ -147,9 +160,35 @@ def _edited(
 
     result = compute(inputs, prepared, plain, wants_weights=bool(wants_weights))
     _record(plan, inputs, sequence, shared, prepared, heads, phase, result)
+    if phase == "decode" and prepared.kept and sequence.calls[layer] == 1:
+        sequence.of_decode[REPEATED, layer] = _repeated(inputs, prepared, result, attention_mask, kwargs)
     if sequence.preallocated and (layer not in sequence.static_step.layers or sequence.calls[layer] > 1):
         sequence.static_step.settle(layer, _settled_for_next(plan, inputs, sequence, heads))
     return result.output.transpose(1, 2).contiguous(), result.weights
+
+
+def _repeated(
+    inputs: AttentionInputs, prepared: Prepared, result: Result, mask: Tensor | None, kwargs: dict[str, Any]
+) -> RepeatedStep | None:
+    """What this decode step has in common with those to come, if that is all but its tensors."""
+    lowered = prepared.lowered
+    plain = prepared.attends_as is None and kwargs.get("position_bias") is None and kwargs.keys() <= KNOWN
+    if result.path != "decode" or lowered is None or not plain or inputs.num_queries != 1:
+        return None
+    from attn_kernels.edited_attention.decode import DecodeCall
+
+    call = DecodeCall(inputs, lowered)
+    if inputs.padded and (mask is None or call.edits.orders):
+        return None
+    return RepeatedStep(
+        call=call,
+        shape=inputs.query.shape,
+        dtype=inputs.query.dtype,
+        mask_dtype=None if mask is None else mask.dtype,
+        names=frozenset(kwargs),
+        decisive={name: kwargs[name] for name in HONOURED & kwargs.keys()},
+        acting=prepared.acting,
+    )
 
 
 def _settled_for_next(plan: LayerPlan, inputs: AttentionInputs, sequence: SequenceState, heads: range) -> Settled | str:
@@ -287,7 +326,8 @@ def _prepare(
         prepared = _collect(plan, inputs, sequence, shared, heads, phase, for_later, call_type)
         if of_layers is not None:
             sequence.of_forward[of_layers] = prepared
-    if kept is not None and prepared.is_settled:
+    if kept is not None and prepared.is_settled and prepared.takes_later_keys:
+        prepared.kept = True
         kept[place] = prepared
     return prepared
 
@@ -311,14 +351,20 @@ def _record(
     for owner in prepared.acting:
         named = functools.partial(_heads_edited, plan, owner, heads)
         plan.recorder.record(owner, phase, layer, named, rows)
-    turn = plan.place + (sequence.past if phase == "decode" else plan.tracker.prompts)
-    layers = LAYERS_PER_MEASURE_ON_GPU if inputs.query.is_cuda else LAYERS_PER_MEASURE
-    if result.edited_weights and turn % layers["decode" if phase == "decode" else "prompt"] == 0:
+    if result.edited_weights and _is_measured(plan, sequence, inputs.query):
         moved = moved_mass(inputs, prepared.primitives, result.heads)
         for owner in prepared.acting:
             masses = [mass for whose, mass in zip(prepared.owners, moved, strict=True) if whose == owner]
             plan.recorder.record_moved(owner, [mass for mass in masses if mass is not None])
     plan.recorder.record_path(phase, layer, result.path, result.why)
+
+
+def _is_measured(plan: LayerPlan, sequence: SequenceState, query: Tensor) -> bool:
+    """Whether it is this layer's turn."""
+    layers = LAYERS_PER_MEASURE_ON_GPU if query.is_cuda else LAYERS_PER_MEASURE
+    if _phase(sequence) == "decode":
+        return (plan.place + sequence.past) % layers["decode"] == 0
+    return (plan.place + plan.tracker.prompts) % layers["prompt"] == 0
 
 
 def _heads_edited(plan: LayerPlan, owner: int, heads: range) -> list[int]:

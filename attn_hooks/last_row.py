@@ -28,7 +28,7 @@ def last_row_outputs(edit: Edit, call: AttentionCall) -> Tensor:
         output = dispatch.run(inputs, earlier)[0]
     else:
         weight_edits = [primitive for primitive in earlier if not isinstance(primitive, HeadAffine)]
-        output = head_affine(edited_attention(inputs, weight_edits), earlier)
+        output = head_affine(edited_attention(inputs, weight_edits), earlier, inputs.query)
     return output[:, :, 0].float()
 
 

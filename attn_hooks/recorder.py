@@ -73,10 +73,15 @@ class Recorder:
     ) -> None:
         """Adds one call; ``rows`` is the number of its real queries, still on the device if padded."""
         record = self.records[position]
-        record.calls[phase] += 1
         if layer not in record.layers:
             record.layers.add(layer)
             record.heads.update((layer, head) for head in heads())
+        self.count(position, phase, rows)
+
+    def count(self, position: int, phase: Phase, rows: Tensor | int) -> None:
+        """Adds one call in a layer, and under edits of heads, that are known from an earlier one."""
+        record = self.records[position]
+        record.calls[phase] += 1
         if isinstance(rows, int):
             record.rows_without_padding += rows
         else:

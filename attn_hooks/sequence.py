@@ -140,13 +140,14 @@ class SharedByLayers:
     beyond: int  # keys of a preallocated cache that are still empty
 
     @cached_property
-    def _real_rows(self) -> Tensor:
+    def real_rows(self) -> Tensor:
+        """How many queries are real tokens, ``()``."""
         return self.key_valid[:, self.first_query : self.first_query + len(self.query_index)].sum()
 
     def rows(self, inputs: AttentionInputs) -> Tensor | int:
         """How many queries are real tokens; on the device where only the device knows."""
         if inputs.padded or not inputs.query.is_cuda:
-            return self._real_rows
+            return self.real_rows
         return inputs.query.shape[0] * inputs.num_queries
 
 
@@ -290,9 +291,13 @@ class SequenceTracker:
     def before_layer(self, name: str, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of a decoder layer, ``name``, where an edit reads what enters it."""
         if self.static_step is None:
-            self._enter(name, args[0] if args else kwargs.get("hidden_states"))
+            enter = self._enter_outside_of_graph if torch.compiler.is_compiling() else self._enter
+            enter(name, args[0] if args else kwargs.get("hidden_states"))
 
     @torch.compiler.disable(reason="attn_hooks hands the layer's input to an edit on the host")
+    def _enter_outside_of_graph(self, name: str, hidden: Any) -> None:
+        self._enter(name, hidden)
+
     def _enter(self, name: str, hidden: Any) -> None:
         sequence = self.in_flight.current
         if sequence is not None and isinstance(hidden, Tensor):

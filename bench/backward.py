@@ -42,7 +42,7 @@ def by_kernels(inputs: AttentionInputs, edits: list[Primitive]) -> Tensor:
 
 def by_pytorch(inputs: AttentionInputs, edits: list[Primitive]) -> Tensor:
     plain = [edit for edit in edits if not isinstance(edit, HeadAffine)]
-    return blocked.head_affine(blocked.edited_attention(inputs, plain), edits)
+    return blocked.head_affine(blocked.edited_attention(inputs, plain), edits, inputs.query)
 
 
 # An edit from its factor (H,), the heads' offsets (H, D), the first tokens and an image of a quarter of the keys.

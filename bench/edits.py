@@ -434,7 +434,7 @@ class Eager:
             for edit in self.edits:
                 if isinstance(edit, Regroup):
                     self._regroup(edit, weights)
-        return head_affine(weights.to(value.dtype) @ value, self.edits)
+        return head_affine(weights.to(value.dtype) @ value, self.edits, inputs.query)
 
     def _calibrate(self, weights: Tensor) -> None:
         part = weights[:, self.heads]
@@ -708,7 +708,7 @@ class Sample:
         )
         restricted = [self._restricted(edit) for edit in edits]
         weights = [edit for edit in restricted if not isinstance(edit, HeadAffine)]
-        return head_affine(edited_attention(few, weights), restricted)
+        return head_affine(edited_attention(few, weights), restricted, few.query)
 
     def _restricted(self, edit: Any) -> Primitive:
         changed: dict[str, Any] = {}

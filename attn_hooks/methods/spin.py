@@ -26,9 +26,9 @@ from attn_hooks.call import AttentionCall
 from attn_hooks.edit import Edit, Layers, Reads, Scope, Writes
 from attn_hooks.model_info import ModelInfo
 from attn_hooks.prompt import answering_rows, image_keys, last_row_logits, require_all_heads
-from attn_kernels import HeadAffine, Primitive
+from attn_kernels import HeadAffine, Primitive, Ranking
 
-KEY_SUM, SUMMED_AT = "sum of the image's keys", "length at which the sum was last used"
+RANKING, RANKED_AT = "ranking by the image's keys", "length at which it was last used"
 
 
 class SPIN(Edit):
@@ -40,6 +40,7 @@ class SPIN(Edit):
     writes: ClassVar[Writes] = "output"
     scope: ClassVar[Scope] = "per-row"
     keeps_state: ClassVar[bool] = True
+    fixed_in_decode: ClassVar[bool] = True
 
     r: float = Field(default=0.95, gt=0.0, le=1.0, description="part of a layer's heads that is kept; 1: identity")
     eps: float = Field(default=0.05, ge=0.0, le=1.0, description="factor on the output of the other heads; 1: identity")
@@ -49,39 +50,52 @@ class SPIN(Edit):
         super().check(model)
         model.require_image_keys(self.method)
 
+    def is_settled(self, call: AttentionCall) -> bool:
+        return _sees_all_of_image(call)
+
     def primitives(self, call: AttentionCall) -> list[Primitive]:
         if call.phase == "chunk":
             reason = "heads are chosen for one row at a time. Give the prompt in one forward, and generate without an assistant."
             raise self.refuse_phase(call, reason)
         require_all_heads(self, call)
         with torch.no_grad():
-            gain = self._gain(*self._scores(call))
+            gain = (
+                self._ranking(call) if _sees_all_of_image(call) else self._gain(*self._scores(call), self._kept(call))
+            )
         rows = answering_rows(self, call, None)
         heads = call.select_heads(tuple((call.layer, head) for head in call.heads))
         return [HeadAffine(gain=gain, rows=rows, heads=heads)]
 
+    def _kept(self, call: AttentionCall) -> int:
+        return max(1, math.floor(self.r * call.inputs.num_heads))
+
+    def _ranking(self, call: AttentionCall) -> Ranking:
+        """The sum of the image's logits is the logit of the sum of its keys, which stay from one step to the next."""
+        if call.state.get(RANKED_AT) != call.layout.length - 1:
+            image = image_keys(self, call) & call.inputs.key_valid
+            key = call.inputs.key.to(torch.promote_types(call.inputs.key.dtype, torch.float32))
+            summed = (image[:, None, None].to(key.dtype) @ key).squeeze(2)
+            call.state[RANKING] = Ranking(summed, self._kept(call), self.eps, where=image.any(1))
+        call.state[RANKED_AT] = call.layout.length
+        ranking: Ranking = call.state[RANKING]
+        return ranking
+
     def _scores(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """``(B, H)``, up to a positive factor, and ``(B, H|1)`` bool: whether the row sees an image."""
-        inputs = call.inputs
-        each_alone = (inputs.softcap, inputs.window, inputs.mask, inputs.bias)
-        if call.phase == "decode" and all(given is None for given in each_alone):
-            # The sum of the image's logits is the logit of the sum of its keys, which stay from one step to the next.
-            if call.state.get(SUMMED_AT) != call.layout.length - 1:
-                image = image_keys(self, call) & inputs.key_valid
-                key = inputs.key.to(torch.promote_types(inputs.key.dtype, torch.float32))
-                call.state[KEY_SUM] = image[:, None, None].to(key.dtype) @ key, image.any(1, keepdim=True)
-            call.state[SUMMED_AT] = call.layout.length
-            key_sum, sees_image = call.state[KEY_SUM]
-            batch, num_heads, _, width = inputs.query.shape
-            query = inputs.query.to(key_sum.dtype).reshape(batch, key_sum.shape[1], -1, width)
-            return (query * key_sum).sum(-1).reshape(batch, num_heads), sees_image
-        image = image_keys(self, call) & inputs.key_valid
+        image = image_keys(self, call) & call.inputs.key_valid
         logits, visible = last_row_logits(call)
         counted = image[:, None] & visible
         return torch.where(counted, logits, 0.0).sum(-1), counted.any(-1)
 
-    def _gain(self, score: Tensor, sees_image: Tensor) -> Tensor:
-        """``(B, H)`` from scores ``(B, H)``: 1 for heads that are kept, and where a row sees no image."""
-        kept = score.topk(max(1, math.floor(self.r * score.shape[1])), dim=1).indices
-        gain = torch.full_like(score, self.eps).scatter(1, kept, 1.0)
+    def _gain(self, score: Tensor, sees_image: Tensor, kept: int) -> Tensor:
+        """``(B, H)`` from scores ``(B, H)``: 1 for the heads that are kept, and where a row sees no image."""
+        largest = score.sort(dim=1, descending=True, stable=True).indices[:, :kept]
+        gain = torch.full_like(score, self.eps).scatter(1, largest, 1.0)
         return torch.where(sees_image, gain, 1.0)
+
+
+def _sees_all_of_image(call: AttentionCall) -> bool:
+    """Whether a step's logits on the image are those of its keys, all of them and as they are."""
+    inputs = call.inputs
+    each_alone = (inputs.softcap, inputs.window, inputs.mask, inputs.bias)
+    return call.phase == "decode" and all(given is None for given in each_alone)

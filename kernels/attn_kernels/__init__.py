@@ -8,7 +8,7 @@ from attn_kernels.edited_attention.lowering import head_selection, indices_of_he
 from attn_kernels.edited_attention.reference import edited_attention_reference
 from attn_kernels.inputs import AttentionInputs
 from attn_kernels.patterns import Pattern, PowerOfTwoBlocks, SinkAndWindow
-from attn_kernels.primitives import Gate, HeadAffine, LogitMap, Order, Primitive, Regroup, Sparsity, Tap
+from attn_kernels.primitives import Gate, HeadAffine, LogitMap, Order, Primitive, Ranking, Regroup, Sparsity, Tap
 
 __all__ = [
     "AttentionInputs",
@@ -19,6 +19,7 @@ __all__ = [
     "Pattern",
     "PowerOfTwoBlocks",
     "Primitive",
+    "Ranking",
     "Regroup",
     "SinkAndWindow",
     "Sparsity",

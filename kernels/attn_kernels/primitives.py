@@ -93,6 +93,20 @@ class Regroup:
 
 
 @dataclass(frozen=True)
+class Ranking:
+    """A gain by each row's own query: 1 for the ``kept`` heads whose queries go along most, ``otherwise`` for the others.
+
+    A head's score is the product of its query, as given to the call, with ``along`` of its key and value head. Of equal
+    heads the first counts as larger. Samples outside ``where`` keep all heads.
+    """
+
+    along: Tensor  # (B, K, D) float
+    kept: int
+    otherwise: float
+    where: Tensor | None = None  # (B,) bool
+
+
+@dataclass(frozen=True)
 class HeadAffine:
     """On a head's output, before o_proj: ``z <- gain * z + offset``. Identity: 1, 0.
 
@@ -100,7 +114,7 @@ class HeadAffine:
     heads that this changes, if the caller knows; else the values tell, and looking at them waits for the device.
     """
 
-    gain: Tensor | None = None  # (H,) or (B, H)
+    gain: Tensor | Ranking | None = None  # (H,) or (B, H)
     offset: Tensor | None = None  # (H, D) or (B, H, D)
     replace: Tensor | None = None
     rows: Tensor | None = None

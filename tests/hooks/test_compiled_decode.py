@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import attn_hooks
-from attn_hooks import ACT, PASTA, Ablate, AttentionCall, Edit, HeadAffine, SinkScale, Streaming, engine, sequence
+from attn_hooks import ACT, PASTA, SPIN, Ablate, AttentionCall, Edit, HeadAffine, SinkScale, Streaming, engine, sequence
 from attn_kernels import Gate, LogitMap, Order, Primitive, Regroup, Tap
 from attn_kernels.edited_attention import dispatch
 from tests.models import SIZES, _built, gemma2, gpt_oss, left_padded, llama
@@ -102,6 +102,7 @@ EDITS: dict[str, tuple[Edit, ...]] = {
     "ablate + sink_scale": (Ablate(heads=((1, 2), (3, 0))), SinkScale(scale=4.0)),
     "gated_regroup": (GatedRegroup(),),
     "ordered": (Ordered(),),
+    "spin": (SPIN(r=0.5, eps=0.1),),
     "streaming": (Streaming(sinks=1, window=4),),
 }
 KERNEL_EDITS = [name for name in EDITS if name not in ("none", "streaming")]
@@ -152,8 +153,8 @@ def static_cache(model: PreTrainedModel) -> StaticCache:
 
 
 def prefill(model: PreTrainedModel, cache: StaticCache, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Runs three prompts padded on the left; their last logits and positions."""
-    ids, mask = left_padded(seed=seed)
+    """Runs three prompts with images, padded on the left; their last logits and positions."""
+    ids, mask = left_padded(seed=seed, image=True)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     out = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
     return out.logits[:, -1], positions[:, -1:]

@@ -14,6 +14,7 @@ from attn_kernels import (
     Order,
     PowerOfTwoBlocks,
     Primitive,
+    Ranking,
     Regroup,
     SinkAndWindow,
     Sparsity,
@@ -130,6 +131,13 @@ def primitives(draw: st.DrawFn, inputs: AttentionInputs, kinds: tuple[type, ...]
             heads=heads,
             rows=_rows(draw, inputs),
         )
+    if kind is Ranking:
+        kv_heads, width = inputs.key.shape[1], inputs.query.shape[-1]
+        generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+        along = torch.randn(batch, kv_heads, width, generator=generator)
+        where = _bools(draw, (batch,)) if draw(st.booleans()) else None
+        ranking = Ranking(along, draw(st.integers(0, num_heads + 1)), draw(factor), where)
+        return HeadAffine(gain=ranking, rows=_rows(draw, inputs))
     assert kind is HeadAffine
     return HeadAffine(
         gain=draw(st.sampled_from([None, torch.linspace(-1.0, 2.0, num_heads), torch.ones(batch, num_heads) * 3])),
@@ -139,7 +147,7 @@ def primitives(draw: st.DrawFn, inputs: AttentionInputs, kinds: tuple[type, ...]
     )
 
 
-ALL_KINDS = (LogitMap, Order, Sparsity, Regroup, HeadAffine)
+ALL_KINDS = (LogitMap, Order, Sparsity, Regroup, HeadAffine, Ranking)
 
 
 @st.composite

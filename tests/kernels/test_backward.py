@@ -27,7 +27,7 @@ def by_kernels(inputs: AttentionInputs, edits: Sequence[Primitive]) -> Tensor:
 
 def by_pytorch(inputs: AttentionInputs, edits: Sequence[Primitive]) -> Tensor:
     plain = [edit for edit in edits if not isinstance(edit, HeadAffine)]
-    return blocked.head_affine(blocked.edited_attention(inputs, plain), edits)
+    return blocked.head_affine(blocked.edited_attention(inputs, plain), edits, inputs.query)
 
 
 class Leaves:

@@ -20,6 +20,7 @@ from attn_kernels import (
     LogitMap,
     Order,
     Primitive,
+    Ranking,
     Regroup,
     edited_attention_reference,
 )
@@ -31,7 +32,7 @@ from tests.kernels.triton_device import DEVICE, on_device
 decode = importlib.import_module("attn_kernels.edited_attention.decode")
 edited_decode, number_of_splits = decode.edited_decode, decode.number_of_splits
 CONFIGS, MOST_ROWS = decode.CONFIGS, decode.MOST_ROWS
-KINDS = (LogitMap, Order, Regroup, HeadAffine)
+KINDS = (LogitMap, Order, Regroup, HeadAffine, Ranking)
 # Tiles so small that a toy call has several of them.
 SMALL = (16, 4, 1)
 

@@ -34,7 +34,7 @@ MASKS_AND_WEIGHTS = (LogitMap, Order, Sparsity, Regroup)
 
 
 def run(inputs: AttentionInputs, edits: list[Primitive]) -> Tensor:
-    return head_affine(edited_attention(inputs, edits), edits)
+    return head_affine(edited_attention(inputs, edits), edits, inputs.query)
 
 
 def in_float64(inputs: AttentionInputs) -> AttentionInputs:

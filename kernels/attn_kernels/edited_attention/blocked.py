@@ -15,7 +15,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from attn_kernels.inputs import AttentionInputs
-from attn_kernels.primitives import Gate, HeadAffine, LogitMap, Order, Primitive, Regroup, Sparsity, Tap, filled_to
+from attn_kernels.primitives import (
+    Gate,
+    HeadAffine,
+    LogitMap,
+    Order,
+    Primitive,
+    Ranking,
+    Regroup,
+    Sparsity,
+    Tap,
+    filled_to,
+)
 
 # A block has at most so many rows, and at most 64 MiB of scores in float32.
 ROWS_PER_BLOCK = 128
@@ -37,21 +48,36 @@ def read_taps(inputs: AttentionInputs, edits: Sequence[Primitive], heads: Tensor
     _run(inputs, edits, heads, with_output=False)
 
 
-def head_affine(output: Tensor, edits: Sequence[Primitive]) -> Tensor:
-    """Applies the HeadAffine primitives among ``edits`` to outputs ``(B, H, N, Dv)``, in float32."""
+def head_affine(output: Tensor, edits: Sequence[Primitive], query: Tensor) -> Tensor:
+    """Applies the HeadAffine primitives among ``edits`` to outputs ``(B, H, N, Dv)``, in float32.
+
+    ``query`` ``(B, H, N, D)`` is the call's, by which a Ranking goes.
+    """
     for edit in edits:
         if not isinstance(edit, HeadAffine):
             continue
         edited = output.to(_compute_dtype(output))
         if edit.replace is not None:
             edited = torch.where(edit.replace.to(output.device)[:, None, None], 0.0, edited)
-        if edit.gain is not None:
+        if isinstance(edit.gain, Ranking):
+            edited = edited * ranked_gain(edit.gain, query).to(edited)[..., None]
+        elif edit.gain is not None:
             edited = edited * edit.gain.to(edited)[..., None, None]
         if edit.offset is not None:
             edited = edited + edit.offset.to(edited).unsqueeze(-2)
         edited = edited.to(output.dtype)
         output = edited if edit.rows is None else torch.where(edit.rows[:, None, :, None], edited, output)
     return output
+
+
+def ranked_gain(ranking: Ranking, query: Tensor) -> Tensor:
+    """``(B, H, N)`` for queries ``(B, H, N, D)``; in float32, or their own dtype if that is wider."""
+    batch, num_heads, num_queries, width = query.shape
+    query = query.to(_compute_dtype(query)).reshape(batch, ranking.along.shape[1], -1, num_queries, width)
+    scores = (query * ranking.along.to(query)[:, :, None, None]).sum(-1).reshape(batch, num_heads, num_queries)
+    kept = scores.sort(dim=1, descending=True, stable=True).indices[:, : ranking.kept]
+    gain = torch.full_like(scores, ranking.otherwise).scatter(1, kept, 1.0)
+    return gain if ranking.where is None else torch.where(ranking.where.to(gain.device)[:, None, None], gain, 1.0)
 
 
 def edited_weights(inputs: AttentionInputs, edits: Sequence[Primitive]) -> Tensor:

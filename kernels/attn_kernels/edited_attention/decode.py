@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attn_kernels.edited_attention.edited_flash import LOWEST_MAXIMUM, load_tile
+from attn_kernels.edited_attention.head_ranking import ranked_gain
 from attn_kernels.edited_attention.launch import (
     batch_stride,
     can_overlap,
@@ -75,6 +76,8 @@ WARPS_OF_MERGE = 4
 # Counters for captured calls, each of which gets its own, and for the eager calls of one stream, which share theirs.
 COUNTERS_FOR_GRAPHS = 2**20
 COUNTERS_OF_STREAM = 2**14
+# Place of the gain among the arguments of edits, counted from the end.
+GAIN = -4
 # Maximum, total, and the totals of the gate's two groups.
 STATISTICS = tl.constexpr(4)
 
@@ -823,7 +826,7 @@ def edited_decode(
     ``splits`` and ``config`` (keys of a tile, warps, stages) replace the built-in choice. Never waits for the device,
     unless ``inputs.first_query`` is missing.
     """
-    query, key, value = last_contiguous(inputs.query), last_contiguous(inputs.key), last_contiguous(inputs.value)
+    query = inputs.query
     if query.is_cuda and query.get_device() != torch.cuda.current_device():
         # Triton launches on the current device; layers may lie on several.
         with torch.cuda.device(query.device):
@@ -836,182 +839,235 @@ def edited_decode(
                 splits=splits,
                 config=config,
             )
-    batch, num_heads, num_queries, head_dim = query.shape
-    value_dim = value.shape[3]
-    paged = page_table is not None
     if page_table is not None:
         if lengths is None:
             raise ValueError("a page table needs the lengths of the samples")
         if inputs.mask is not None or inputs.bias is not None:
             raise NotLowered("a mask on a paged cache")
-        page_size, kv_heads = key.shape[1:3]
-        num_keys, query_offset = page_table.shape[1] * page_size, 0
-        key_strides = (key.stride(0), key.stride(2), key.stride(1))
-        value_strides = (value.stride(0), value.stride(2), value.stride(1))
-        page_table = page_table if page_table.stride(1) == 1 else page_table.contiguous()
-        table_length = page_table.stride(0)
-        newest = num_keys
+        num_keys, query_offset = page_table.shape[1] * inputs.key.shape[1], 0
     else:
-        kv_heads, num_keys = key.shape[1:3]
-        query_offset, page_size, table_length = inputs.query_offset, 0, 0
-        key_strides, value_strides = key.stride()[:3], value.stride()[:3]
-        newest = query_offset + num_queries
-    group = num_heads // kv_heads
-    num_rows = group * num_queries
-    if num_rows > MOST_ROWS:
-        raise NotLowered(f"{num_rows} rows of one key and value head; decode takes at most {MOST_ROWS}")
-
-    # A view, so that a byte of the mask is loaded as a byte.
-    given = inputs.mask.view(torch.uint8) if inputs.mask is not None else inputs.bias
-    edits = _edits(lowered)
-    # A mask says itself what is visible; only an Order asks for the real keys then.
-    needs_valid = inputs.padded and not paged and (given is None or edits.orders)
-    valid = last_contiguous(inputs.key_valid).view(torch.uint8) if needs_valid else None
-    layout = _layout(query.dtype, num_rows, edits.classes, head_dim, value_dim, config)
-    groups = batch * kv_heads * layout.row_blocks
-    overlaps = True
-    if splits is None:
-        # As in the kernel: the keys that some row may see by index.
-        start, stop = 0, num_keys
-        if given is None and not edits.orders:
-            stop = min(num_keys, newest) if inputs.causal else num_keys
-            if inputs.window is not None and paged:
-                stop = min(num_keys, inputs.window + num_queries)
-            elif inputs.window is not None:
-                start = max(0, query_offset - inputs.window + 1)
-        tiles = -(-max(0, stop - start) // layout.block_m)
-        most_splits = MOST_SPLITS if tiles <= MANY_TILES else MOST_SPLITS_OF_MANY_TILES
-        splits = number_of_splits(groups, tiles, multiprocessors(query.device), most_splits)
-        overlaps = tiles <= MOST_TILES_TO_OVERLAP * splits
-    overlaps = overlaps and can_overlap(query.device)
-    merge_apart = splits > 1 and (
-        edits.classes > 1 or can_overlap(query.device) or splits * layout.merged > MOST_MERGED_IN_PLACE
-    )
-
-    output = value.new_empty(batch, num_queries, num_heads, value_dim)
-    log_sum_exp = (
-        torch.empty(batch, num_heads, num_queries, dtype=torch.float32, device=query.device)
-        if return_log_sum_exp
-        else None
-    )
-    workspace, counters = None, None
-    if splits > 1:
-        workspace = torch.empty(groups * splits * layout.of_split, dtype=torch.float32, device=query.device)
-        if not merge_apart:
-            counters = _counters(query.device, groups)
-    sinks = inputs.sink_logits
-    strides = (
-        *query.stride()[:3],
-        *key_strides,
-        *value_strides,
-        output.stride(0),
-        output.stride(2),
-        output.stride(1),
-    )
-    sinks_strides = (0, 0, 0) if sinks is None else _broadcast_strides(sinks)
-    arguments = (
+        num_keys, query_offset = inputs.num_keys, inputs.query_offset
+    call = DecodeCall(inputs, lowered, return_log_sum_exp, paged=page_table is not None, splits=splits, config=config)
+    return call.run(
         query,
-        key,
-        value,
-        output,
-        log_sum_exp,
-        workspace,
-        counters,
-        *strides,
-        num_heads,
-        group,
-        num_queries,
+        inputs.key,
+        inputs.value,
         num_keys,
         query_offset,
-        float(inputs.scaling),
-        float(inputs.softcap or 0.0),
-        inputs.window or 0,
-        page_table,
-        table_length,
-        lengths,
-        page_size,
-        valid,
-        batch_stride(valid),
-        given,
-        *((0, 0, 0, 0) if given is None else _broadcast_strides(given)),
-        sinks,
-        *sinks_strides,
-        *edits.arguments,
+        mask=inputs.mask,
+        bias=inputs.bias,
+        key_valid=inputs.key_valid if inputs.padded else None,
+        page_table=page_table,
+        lengths=lengths,
     )
-    grid = (splits, kv_heads * layout.row_blocks, batch)
-    merge_arguments: tuple[Tensor | int | None, ...] = ()
-    merge_grid = (-(-num_rows // layout.rows_apart), kv_heads, batch)
-    if merge_apart:
-        merge_arguments = (
+
+
+class DecodeCall:
+    """What decode calls have in common whose edits, shapes and options are the same, but not their tensors and numbers of keys.
+
+    Made of one of them, and of the arguments of ``edited_decode``; raises what that does. ``run`` asks of a call only what may
+    differ, since in decode the device waits for its host.
+    """
+
+    def __init__(
+        self,
+        inputs: AttentionInputs,
+        lowered: LoweredEdits,
+        return_log_sum_exp: bool = False,
+        paged: bool = False,
+        splits: int | None = None,
+        config: tuple[int, int, int] | None = None,
+    ) -> None:
+        query = inputs.query
+        self.batch, self.num_heads, self.num_queries, head_dim = query.shape
+        self.kv_heads, self.value_dim = inputs.key.shape[2 if paged else 1], inputs.value.shape[3]
+        self.group = self.num_heads // self.kv_heads
+        self.num_rows = self.group * self.num_queries
+        if self.num_rows > MOST_ROWS:
+            raise NotLowered(f"{self.num_rows} rows of one key and value head; decode takes at most {MOST_ROWS}")
+        self.device, self.dtype = query.device, query.dtype
+        self.causal, self.window, self.sinks = inputs.causal, inputs.window, inputs.sink_logits
+        self.softcap, self.scaling = inputs.softcap, float(inputs.scaling)
+        self.return_log_sum_exp, self.paged, self.splits = return_log_sum_exp, paged, splits
+        self.edits, self.ranking, self.gain = _edits(lowered), lowered.ranking, lowered.gain
+        self.layout = _layout(query.dtype, self.num_rows, self.edits.classes, head_dim, self.value_dim, config)
+        self.programs = self.batch * self.kv_heads * self.layout.row_blocks
+        self.multiprocessors, self.can_overlap = multiprocessors(query.device), can_overlap(query.device)
+        self.sinks_strides = (0, 0, 0) if self.sinks is None else _broadcast_strides(self.sinks)
+        self.merge_grid = (-(-self.num_rows // self.layout.rows_apart), self.kv_heads, self.batch)
+        self.alike = (
+            query.device,
+            self.layout,
+            inputs.value.dtype,
+            self.num_heads,
+            self.group,
+            self.num_queries,
+            self.causal,
+            self.window is None,
+            self.softcap is None,
+            None if self.sinks is None else (self.sinks.dtype, self.sinks_strides),
+            return_log_sum_exp,
+        )
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        num_keys: int,
+        query_offset: int,
+        *,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        key_valid: Tensor | None = None,
+        page_table: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As ``edited_decode``, on the current device. ``key_valid`` ``(B, M)`` bool, where not all keys are real."""
+        query, key, value = last_contiguous(query), last_contiguous(key), last_contiguous(value)
+        edits, layout, paged = self.edits, self.layout, self.paged
+        num_heads, num_queries, group = self.num_heads, self.num_queries, self.group
+        key_strides, value_strides = key.stride(), value.stride()
+        page_size, table_length = 0, 0
+        if page_table is not None:
+            page_size = key.shape[1]
+            key_strides, value_strides = (
+                (strides[0], strides[2], strides[1], strides[3]) for strides in (key_strides, value_strides)
+            )
+            page_table = page_table if page_table.stride(1) == 1 else page_table.contiguous()
+            table_length = page_table.stride(0)
+        # A view, so that a byte of the mask is loaded as a byte.
+        given = mask.view(torch.uint8) if mask is not None else bias
+        # A mask says itself what is visible; only an Order asks for the real keys then.
+        needs_valid = key_valid is not None and not paged and (given is None or edits.orders)
+        valid = last_contiguous(key_valid).view(torch.uint8) if needs_valid and key_valid is not None else None
+        splits, overlaps = self._splits(num_keys, query_offset, masked=given is not None)
+        merge_apart = splits > 1 and (
+            edits.classes > 1 or self.can_overlap or splits * layout.merged > MOST_MERGED_IN_PLACE
+        )
+
+        output = value.new_empty(self.batch, num_queries, num_heads, self.value_dim)
+        log_sum_exp = (
+            torch.empty(self.batch, num_heads, num_queries, dtype=torch.float32, device=self.device)
+            if self.return_log_sum_exp
+            else None
+        )
+        workspace, counters = None, None
+        if splits > 1:
+            workspace = torch.empty(self.programs * splits * layout.of_split, dtype=torch.float32, device=self.device)
+            if not merge_apart:
+                counters = _counters(self.device, self.programs)
+        output_strides = (num_queries * num_heads * self.value_dim, self.value_dim, num_heads * self.value_dim)
+        strides = (*query.stride()[:3], *key_strides[:3], *value_strides[:3], *output_strides)
+        of_edits, of_merge = edits.arguments, edits.merge_arguments
+        if self.ranking is not None:
+            gain = ranked_gain(query, self.ranking, self.gain)
+            of_edits = (*of_edits[:GAIN], gain, *of_edits[GAIN + 1 :])
+            of_merge = (*of_merge[:GAIN], gain, *of_merge[GAIN + 1 :])
+        arguments = (
+            query,
+            key,
+            value,
             output,
             log_sum_exp,
             workspace,
-            splits,
-            *strides[9:],
+            counters,
+            *strides,
             num_heads,
             group,
             num_queries,
-            sinks,
-            *sinks_strides,
-            *edits.merge_arguments,
+            num_keys,
+            query_offset,
+            self.scaling,
+            float(self.softcap or 0.0),
+            self.window or 0,
+            page_table,
+            table_length,
+            lengths,
+            page_size,
+            valid,
+            batch_stride(valid),
+            given,
+            *((0, 0, 0, 0) if given is None else _broadcast_strides(given)),
+            self.sinks,
+            *self.sinks_strides,
+            *of_edits,
         )
-    # Triton looks at every argument of every launch, which takes longer than all of the above. A call that is like an
-    # earlier one in all that Triton compiles for goes to the compiled kernel.
-    alike = None
-    if given is None and not paged and _all_aligned(query, key, value, valid, sinks, strides):
-        alike = (
-            query.device,
-            layout,
-            value.dtype,
-            num_heads,
-            group,
-            num_queries,
-            inputs.causal,
-            inputs.window is None,
-            inputs.softcap is None,
-            valid is None,
-            None if sinks is None else (sinks.dtype, sinks_strides),
-            return_log_sum_exp,
-            splits == 1,
-            merge_apart,
-            overlaps,
-        )
-        compiled = edits.compiled.get(alike)
-        if compiled is not None:
-            kernel, constants, merge, merge_constants = compiled
-            kernel[grid](*arguments, *constants)
-            if merge_apart:
-                merge[merge_grid](*merge_arguments, *merge_constants)
-            return _result(output, log_sum_exp)
-    by_name = {
-        "CAUSAL": inputs.causal,
-        "HAS_WINDOW": inputs.window is not None,
-        "HAS_PAGES": paged,
-        "HAS_VALID": valid is not None,
-        "HAS_MASK": given is not None,
-        "MASK_IS_BIAS": inputs.mask is None and inputs.bias is not None,
-        "LOWEST": 0.0 if inputs.bias is None else torch.finfo(inputs.bias.dtype).min / 2,
-        "HAS_SOFTCAP": inputs.softcap is not None,
-        "HAS_SINKS": sinks is not None,
-        "WRITE_LSE": return_log_sum_exp,
-        "ONE_SPLIT": splits == 1,
-        "MERGE_APART": merge_apart,
-        "OVERLAPS": overlaps,
-        # The compiler shares the stages out between a look-up in the page table and the load that waits for it.
-        "STAGES": 2 * layout.stages - 1 if paged else layout.stages,
-        **edits.constants,
-        **layout.constants,
-    }
-    constants = tuple(by_name[name] for name in _CONSTANT_NAMES)
-    kernel = _edited_decode[grid](*arguments, *constants, num_warps=layout.warps)
-    merge, merge_constants = None, tuple(by_name[name] for name in _MERGE_CONSTANT_NAMES)
-    if merge_apart:
-        options = {"launch_pdl": True} if overlaps else {}
-        merge = _merge[merge_grid](*merge_arguments, *merge_constants, num_warps=WARPS_OF_MERGE, **options)
-    # Triton's interpreter returns nothing.
-    if alike is not None and kernel is not None:
-        edits.compiled[alike] = kernel, constants, merge, merge_constants
-    return _result(output, log_sum_exp)
+        grid = (splits, self.kv_heads * layout.row_blocks, self.batch)
+        merge_arguments: tuple[Tensor | int | None, ...] = ()
+        if merge_apart:
+            merge_arguments = (
+                output,
+                log_sum_exp,
+                workspace,
+                splits,
+                *output_strides,
+                num_heads,
+                group,
+                num_queries,
+                self.sinks,
+                *self.sinks_strides,
+                *of_merge,
+            )
+        # Triton looks at every argument of every launch, which takes longer than all of the above. A call that is like an
+        # earlier one in all that Triton compiles for goes to the compiled kernel.
+        alike = None
+        if given is None and not paged and _all_aligned(query, key, value, valid, self.sinks, strides):
+            alike = (self.alike, valid is None, splits == 1, merge_apart, overlaps)
+            compiled = edits.compiled.get(alike)
+            if compiled is not None:
+                kernel, constants, merge, merge_constants = compiled
+                kernel[grid](*arguments, *constants)
+                if merge_apart:
+                    merge[self.merge_grid](*merge_arguments, *merge_constants)
+                return _result(output, log_sum_exp)
+        by_name = {
+            "CAUSAL": self.causal,
+            "HAS_WINDOW": self.window is not None,
+            "HAS_PAGES": paged,
+            "HAS_VALID": valid is not None,
+            "HAS_MASK": given is not None,
+            "MASK_IS_BIAS": mask is None and bias is not None,
+            "LOWEST": 0.0 if bias is None else torch.finfo(bias.dtype).min / 2,
+            "HAS_SOFTCAP": self.softcap is not None,
+            "HAS_SINKS": self.sinks is not None,
+            "WRITE_LSE": self.return_log_sum_exp,
+            "ONE_SPLIT": splits == 1,
+            "MERGE_APART": merge_apart,
+            "OVERLAPS": overlaps,
+            # The compiler shares the stages out between a look-up in the page table and the load that waits for it.
+            "STAGES": 2 * layout.stages - 1 if paged else layout.stages,
+            **edits.constants,
+            **layout.constants,
+        }
+        constants = tuple(by_name[name] for name in _CONSTANT_NAMES)
+        kernel = _edited_decode[grid](*arguments, *constants, num_warps=layout.warps)
+        merge, merge_constants = None, tuple(by_name[name] for name in _MERGE_CONSTANT_NAMES)
+        if merge_apart:
+            options = {"launch_pdl": True} if overlaps else {}
+            merge = _merge[self.merge_grid](*merge_arguments, *merge_constants, num_warps=WARPS_OF_MERGE, **options)
+        # Triton's interpreter returns nothing; on AMD it looks at more.
+        if alike is not None and kernel is not None and torch.version.hip is None:
+            edits.compiled[alike] = kernel, constants, merge, merge_constants
+        return _result(output, log_sum_exp)
+
+    def _splits(self, num_keys: int, query_offset: int, masked: bool) -> tuple[int, bool]:
+        """Into how many parts the keys are cut, and whether the merge may start early."""
+        if self.splits is not None:
+            return self.splits, self.can_overlap
+        # As in the kernel: the keys that some row may see by index.
+        start, stop = 0, num_keys
+        if not masked and not self.edits.orders:
+            if self.causal and not self.paged:
+                stop = min(num_keys, query_offset + self.num_queries)
+            if self.window is not None and self.paged:
+                stop = min(num_keys, self.window + self.num_queries)
+            elif self.window is not None:
+                start = max(0, query_offset - self.window + 1)
+        tiles = -(-max(0, stop - start) // self.layout.block_m)
+        most = MOST_SPLITS if tiles <= MANY_TILES else MOST_SPLITS_OF_MANY_TILES
+        splits = number_of_splits(self.programs, tiles, self.multiprocessors, most)
+        return splits, self.can_overlap and tiles <= MOST_TILES_TO_OVERLAP * splits
 
 
 _CONSTANT_NAMES, _MERGE_CONSTANT_NAMES = constant_names(_edited_decode), constant_names(_merge)
@@ -1049,7 +1105,7 @@ _compiled: dict[tuple[object, ...], dict[tuple[object, ...], _Compiled]] = {}
 
 @dataclass(frozen=True, eq=False)
 class _Edits:
-    """What the kernels take of lowered edits: their positional arguments and their constants."""
+    """What the kernels take of lowered edits: their positional arguments, with the gain at place ``GAIN``, and their constants."""
 
     arguments: tuple[Tensor | int | None, ...]
     merge_arguments: tuple[Tensor | int | None, ...]

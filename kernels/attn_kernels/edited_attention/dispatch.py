@@ -140,7 +140,7 @@ def run(
         lowered, path = plan(inputs, edits, lowered)
     if lowered is None or path.name == "pytorch":
         output = blocked.edited_attention(inputs, [edit for edit in edits if not isinstance(edit, HeadAffine)])
-        return blocked.head_affine(output, edits), path
+        return blocked.head_affine(output, edits, inputs.query), path
     if path.name == "edited flash with gradients":
         return differentiable_edited_attention(inputs, lowered), path
     if path.name == "decode":

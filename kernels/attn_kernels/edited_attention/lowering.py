@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from attn_kernels.inputs import AttentionInputs
-from attn_kernels.primitives import Gate, HeadAffine, LogitMap, Order, Primitive, Regroup, Sparsity
+from attn_kernels.primitives import Gate, HeadAffine, LogitMap, Order, Primitive, Ranking, Regroup, Sparsity
 
 BITS = 8
 # No key has this index.
@@ -56,6 +56,7 @@ class LoweredEdits:
     regroup: RegroupTerm | None
     gain: Tensor | None  # (b, H) float32
     offset: Tensor | None  # (b, H, Dv) float32
+    ranking: Ranking | None  # by which the gain is multiplied in each call
     affine_row: int
     heads: Tensor | None  # (h,) int32: the heads that some edit selects; None: all
     unscoped: LoweredEdits | None  # the edits without a row scope alone, where others have one
@@ -357,7 +358,12 @@ def lower(inputs: AttentionInputs, edits: Sequence[Primitive]) -> LoweredEdits:
                 (edit.keep, gate.at_least, gate.at_most), (1.0, 0.0, 0.0), edit.heads, num_heads, device
             ),
         )
-    gain, offset, affine_rows = _one_affine([edit for edit in edits if isinstance(edit, HeadAffine)], num_heads, device)
+    affine = [edit for edit in edits if isinstance(edit, HeadAffine)]
+    ranking = _one_ranking(affine, inputs)
+    gain, offset, affine_rows = _one_affine(affine, num_heads, device)
+    if ranking is not None and gain is not None:
+        # As wide as what it is going to be multiplied by.
+        gain = gain.expand(inputs.query.shape[0], -1).contiguous()
     affine_row = rows.of(affine_rows)
     pair_keys = _nibbles([keys.of(key) for _, key, _, _ in pairs])
     pair_rows = _nibbles([rows.of(row) for row, _, _, _ in pairs])
@@ -378,6 +384,7 @@ def lower(inputs: AttentionInputs, edits: Sequence[Primitive]) -> LoweredEdits:
         regroup=regroup,
         gain=gain,
         offset=offset,
+        ranking=ranking,
         affine_row=affine_row,
         heads=_selected_heads(edits),
         unscoped=lower(inputs, everywhere) if 0 < len(everywhere) < len(edits) else None,
@@ -404,6 +411,7 @@ def _without_edits(device: torch.device) -> LoweredEdits:
         regroup=None,
         gain=None,
         offset=None,
+        ranking=None,
         affine_row=NO_BIT,
         heads=None,
         unscoped=None,
@@ -542,6 +550,8 @@ _known_selections: MutableMapping[Tensor, tuple[bool, ...]] = WeakTensorKeyDicti
 def _heads_of(edit: Primitive) -> Tensor | None:
     if not isinstance(edit, HeadAffine) or edit.heads is not None:
         return edit.heads
+    if isinstance(edit.gain, Ranking):
+        return None
     touched: Tensor | None = edit.replace
     if edit.gain is not None:
         changed = (edit.gain != 1).reshape(-1, edit.gain.shape[-1]).any(0)
@@ -654,6 +664,18 @@ def _no_gain(num_heads: int, device: torch.device) -> Tensor:
         return torch.ones(1, num_heads, device=device)
 
 
+def _one_ranking(edits: Sequence[HeadAffine], inputs: AttentionInputs) -> Ranking | None:
+    """The ranking among the gains. It multiplies what the edits so far made of the output, so that it has to be the first."""
+    rankings = [edit.gain for edit in edits if isinstance(edit.gain, Ranking)]
+    if not rankings:
+        return None
+    if inputs.num_queries > 1:
+        raise NotLowered("a Ranking of heads for several queries")
+    if len(rankings) > 1 or any(edit.offset is not None for edit in edits):
+        raise NotLowered("a Ranking of heads beside another one or an offset")
+    return rankings[0]
+
+
 def _one_affine(
     edits: Sequence[HeadAffine], num_heads: int, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -666,7 +688,7 @@ def _one_affine(
     offset: Tensor | None = None
     for edit in edits:
         factor = _no_gain(num_heads, device)
-        if edit.gain is not None:
+        if isinstance(edit.gain, Tensor):
             factor = edit.gain.to(device, torch.float32).reshape(-1, num_heads)
         if edit.replace is not None:
             factor = torch.where(edit.replace.to(device), 0.0, factor)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attn_kernels.inputs import AttentionInputs
-from attn_kernels.primitives import HeadAffine, LogitMap, Order, Primitive, Regroup, Sparsity, filled_to
+from attn_kernels.primitives import HeadAffine, LogitMap, Order, Primitive, Ranking, Regroup, Sparsity, filled_to
 
 
 def edited_attention_reference(inputs: AttentionInputs, edits: Sequence[Primitive]) -> tuple[Tensor, Tensor]:
@@ -36,7 +36,7 @@ def edited_attention_reference(inputs: AttentionInputs, edits: Sequence[Primitiv
                     if isinstance(edit, Regroup) and _in_scope(edit.heads, edit.rows, b, h, i):
                         row = _regroup(edit, row, b, h)
                 weights[b, h, i] = row
-                output[b, h, i] = _affine(edits, row @ value[b, kv_head], b, h, i)
+                output[b, h, i] = _affine(edits, row @ value[b, kv_head], query, b, h, i)
     return output, weights
 
 
@@ -123,16 +123,27 @@ def _regroup(edit: Regroup, row: Tensor, b: int, h: int) -> Tensor:
     return edited
 
 
-def _affine(edits: Sequence[Primitive], output: Tensor, b: int, h: int, i: int) -> Tensor:
+def _affine(edits: Sequence[Primitive], output: Tensor, query: Tensor, b: int, h: int, i: int) -> Tensor:
     for edit in edits:
         if isinstance(edit, HeadAffine) and _in_scope(None, edit.rows, b, h, i):
             if edit.replace is not None and edit.replace[h]:
                 output = torch.zeros_like(output)
-            if edit.gain is not None:
+            if isinstance(edit.gain, Ranking):
+                output = output * _ranked(edit.gain, query[b, :, i], b, h)
+            elif edit.gain is not None:
                 output = output * (edit.gain[h] if edit.gain.ndim == 1 else edit.gain[b, h]).double()
             if edit.offset is not None:
                 output = output + (edit.offset[h] if edit.offset.ndim == 2 else edit.offset[b, h]).double()
     return output
+
+
+def _ranked(ranking: Ranking, query: Tensor, b: int, h: int) -> float:
+    if ranking.where is not None and not ranking.where[b]:
+        return 1.0
+    along, num_heads = ranking.along[b].double(), query.shape[0]
+    scores = [float(query[head] @ along[head * len(along) // num_heads]) for head in range(num_heads)]
+    before = [other for other in range(num_heads) if (-scores[other], other) < (-scores[h], h)]
+    return 1.0 if len(before) < ranking.kept else ranking.otherwise
 
 
 def _in_scope(heads: Tensor | None, rows: Tensor | None, b: int, h: int, i: int) -> bool:

@@ -1,0 +1,81 @@
+"""The gains of a Ranking: heads compared by their queries, in one launch of one program a sample."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attn_kernels.edited_attention.launch import launch, padded_size, power_of_two
+from attn_kernels.primitives import Ranking
+
+WARPS = 4
+
+
+@triton.jit
+def _ranked_gain(
+    query,
+    q_b,
+    q_h,
+    along,
+    where,
+    factor,
+    gain,
+    num_heads,
+    group,
+    kept,
+    otherwise,
+    HAS_WHERE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    batch = tl.program_id(0).to(tl.int64)
+    heads, in_d = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+    inside = heads < num_heads
+    both = inside[:, None] & (in_d[None, :] < D)
+    of_head = query + batch * q_b + heads[:, None].to(tl.int64) * q_h + in_d[None, :]
+    vector = tl.load(of_head, mask=both, other=0.0).to(tl.float32)
+    kv_heads = num_heads // group
+    of_kv_head = along + batch * kv_heads * D + (heads // group)[:, None] * D + in_d[None, :]
+    direction = tl.load(of_kv_head, mask=both, other=0.0).to(tl.float32)
+    score = tl.where(inside, tl.sum(vector * direction, 1), float("-inf"))
+    above = (score[None, :] > score[:, None]) | ((score[None, :] == score[:, None]) & (heads[None, :] < heads[:, None]))
+    rank = tl.sum((above & inside[None, :]).to(tl.int32), 1)
+    ranked = tl.where(rank < kept, 1.0, otherwise)
+    if HAS_WHERE:
+        ranked = tl.where(tl.load(where + batch) != 0, ranked, 1.0)
+    factors = tl.load(factor + batch * num_heads + heads, mask=inside, other=0.0)
+    tl.store(gain + batch * num_heads + heads, ranked * factors, mask=inside)
+
+
+def ranked_gain(query: Tensor, ranking: Ranking, factor: Tensor) -> Tensor:
+    """Gains ``(B, H)`` float32 of queries ``(B, H, 1, D)``, times ``factor`` ``(B, H)`` float32 contiguous."""
+    batch, num_heads, _, width = query.shape
+    along = ranking.along.contiguous()
+    gain = torch.empty_like(factor)
+    launch(
+        _ranked_gain,
+        (batch, 1, 1),
+        (
+            query,
+            *query.stride()[:2],
+            along,
+            None if ranking.where is None else ranking.where.view(torch.uint8),
+            factor,
+            gain,
+            num_heads,
+            num_heads // along.shape[1],
+            ranking.kept,
+            ranking.otherwise,
+        ),
+        {
+            "HAS_WHERE": ranking.where is not None,
+            "D": width,
+            "BLOCK_D": padded_size(width),
+            "BLOCK_H": power_of_two(num_heads),
+        },
+        WARPS,
+    )
+    return gain
