@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,11 +15,18 @@ from attn_hooks import ACT, Edit, SinkScale, engine
 from attn_hooks.repeated import RepeatedStep
 from attn_kernels.edited_attention import dispatch
 from tests.hooks.test_compiled_decode import EDITS, PASTA_EDIT, kernel_edits
+from tests.kernels.triton_device import DEVICE
 from tests.models import gpt_oss, left_padded, llama
 
 LAYERS = 4
 NAMES = [name for name in EDITS if name not in ("none", "streaming")]
 LENGTHS = (9, 6, 3)
+
+
+@pytest.fixture(autouse=True)
+def _on_device() -> Iterator[None]:
+    with torch.device(DEVICE):
+        yield
 
 
 @pytest.fixture
@@ -39,7 +47,7 @@ def repeated(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def model_of() -> PreTrainedModel:
-    return llama(torch.float32, num_hidden_layers=LAYERS)
+    return llama(torch.float32, num_hidden_layers=LAYERS).to(DEVICE)
 
 
 def decoded(model: PreTrainedModel, batch: int, padded: bool, steps: int = 5, **of_call: Any) -> Tensor:
@@ -76,7 +84,7 @@ def test_repeated_steps(name: str, padded: bool, repeated: list[bool], monkeypat
 
 
 def test_sinks_of_the_model(repeated: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = attn_hooks.wrap(gpt_oss(), SinkScale(scale=4.0))
+    model = attn_hooks.wrap(gpt_oss().to(DEVICE), SinkScale(scale=4.0))
     found = decoded(model, 2, padded=False)
     assert True in repeated
     monkeypatch.undo()

@@ -422,3 +422,37 @@ def test_queries_that_see_the_future(splits: int) -> None:
     inputs, edits = on_device((inputs, edits))
     output = edited_decode(inputs, lower(inputs, edits), splits=splits, config=SMALL)
     assert_equal(output, reference(inputs, edits)[0], 1e-4)
+
+
+STEPS: dict[str, list[Primitive]] = {
+    "map": [LogitMap(group(30, slice(2, 9)), absolute=0.5)],
+    "gated": [Regroup(group(30, 0), 0.4, group(30, slice(3, 20)), Gate(group(30, slice(0, 20)), 0.0))],
+    "ranking": [HeadAffine(gain=Ranking(torch.linspace(-1, 1, 2 * 2 * 16).reshape(2, 2, 16), 3, 0.1))],
+    "ranking of one": [
+        HeadAffine(gain=torch.linspace(0.5, 2, 4)),
+        HeadAffine(gain=Ranking(torch.ones(2, 2, 16), 1, 0.25, where=torch.tensor([True, False]))),
+    ],
+    "all": [
+        LogitMap(group(30, slice(2, 9)), bias=0.5),
+        Regroup(group(30, 0), 0.4),
+        HeadAffine(gain=torch.linspace(0.5, 2, 4), offset=torch.ones(4, 16)),
+    ],
+}
+
+
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("name", STEPS)
+def test_one_step_after_another(name: str, with_sinks: bool) -> None:
+    """Of one object, in one launch and in several, and from memory that is aligned and that is not."""
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])[None, :, None] if with_sinks else None
+    first, edits = on_device((replace(long_call(40), sink_logits=sinks), STEPS[name]))
+    call = decode.DecodeCall(first, lower(first, edits))
+    lengths = (40, 41, 42, 1023, 1024, 2100, 2101) if DEVICE == "cuda" else (40, 41, 1024, 1100)
+    for num_keys in lengths:
+        inputs = on_device(replace(long_call(num_keys), sink_logits=sinks))
+        if num_keys % 2:
+            key = torch.empty(2, 2, num_keys, 17, device=DEVICE)[..., 1:].copy_(inputs.key)
+            inputs = replace(inputs, key=key)
+        expected, _ = reference(inputs, edits)
+        assert_equal(call.again(inputs.query, inputs.key, inputs.value), expected, 1e-4)
+    assert (len(call.steps) > 0) == (DEVICE == "cuda")

@@ -66,6 +66,8 @@ MANY_TILES, MOST_SPLITS_OF_MANY_TILES = 256, 64
 # first one runs and wait on the device, which pays for splits of at most so many tiles.
 MOST_MERGED_IN_PLACE = 2**16
 MOST_TILES_TO_OVERLAP = 4
+# Keys of so many tiles are not split where the host launches each step.
+MOST_TILES_OF_ONE_LAUNCH = 16
 # Numbers that a merge holds in registers at once, accumulators included, splits among them, and steps it loads ahead.
 MERGED_AT_ONCE = 20480
 SPLITS_AT_ONCE = 32
@@ -894,6 +896,13 @@ class DecodeCall:
         self.programs = self.batch * self.kv_heads * self.layout.row_blocks
         self.multiprocessors, self.can_overlap = multiprocessors(query.device), can_overlap(query.device)
         self.sinks_strides = (0, 0, 0) if self.sinks is None else _broadcast_strides(self.sinks)
+        self.output_strides = (
+            self.num_queries * self.num_heads * self.value_dim,
+            self.value_dim,
+            self.num_heads * self.value_dim,
+        )
+        # Of ``again``, by the number of tiles.
+        self.steps: dict[int, _Step] = {}
         self.merge_grid = (-(-self.num_rows // self.layout.rows_apart), self.kv_heads, self.batch)
         self.alike = (
             query.device,
@@ -922,8 +931,10 @@ class DecodeCall:
         key_valid: Tensor | None = None,
         page_table: Tensor | None = None,
         lengths: Tensor | None = None,
+        cut: tuple[int, bool] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """As ``edited_decode``, on the current device. ``key_valid`` ``(B, M)`` bool, where not all keys are real."""
+        """As ``edited_decode``, on the current device. ``key_valid`` ``(B, M)`` bool, where not all keys are real. ``cut``: as
+        ``_splits`` gives."""
         query, key, value = last_contiguous(query), last_contiguous(key), last_contiguous(value)
         edits, layout, paged = self.edits, self.layout, self.paged
         num_heads, num_queries, group = self.num_heads, self.num_queries, self.group
@@ -940,11 +951,10 @@ class DecodeCall:
         given = mask.view(torch.uint8) if mask is not None else bias
         # A mask says itself what is visible; only an Order asks for the real keys then.
         needs_valid = key_valid is not None and not paged and (given is None or edits.orders)
+        given_strides = (0, 0, 0, 0) if given is None else _broadcast_strides(given)
         valid = last_contiguous(key_valid).view(torch.uint8) if needs_valid and key_valid is not None else None
-        splits, overlaps = self._splits(num_keys, query_offset, masked=given is not None)
-        merge_apart = splits > 1 and (
-            edits.classes > 1 or self.can_overlap or splits * layout.merged > MOST_MERGED_IN_PLACE
-        )
+        splits, overlaps = cut or self._splits(num_keys, query_offset, masked=given is not None)
+        merge_apart = self._merges_apart(splits)
 
         output = value.new_empty(self.batch, num_queries, num_heads, self.value_dim)
         log_sum_exp = (
@@ -957,8 +967,7 @@ class DecodeCall:
             workspace = torch.empty(self.programs * splits * layout.of_split, dtype=torch.float32, device=self.device)
             if not merge_apart:
                 counters = _counters(self.device, self.programs)
-        output_strides = (num_queries * num_heads * self.value_dim, self.value_dim, num_heads * self.value_dim)
-        strides = (*query.stride()[:3], *key_strides[:3], *value_strides[:3], *output_strides)
+        strides = (*query.stride()[:3], *key_strides[:3], *value_strides[:3], *self.output_strides)
         of_edits, of_merge = edits.arguments, edits.merge_arguments
         if self.ranking is not None:
             gain = ranked_gain(query, self.ranking, self.gain)
@@ -978,9 +987,7 @@ class DecodeCall:
             num_queries,
             num_keys,
             query_offset,
-            self.scaling,
-            float(self.softcap or 0.0),
-            self.window or 0,
+            *self._before_edits(),
             page_table,
             table_length,
             lengths,
@@ -988,7 +995,7 @@ class DecodeCall:
             valid,
             batch_stride(valid),
             given,
-            *((0, 0, 0, 0) if given is None else _broadcast_strides(given)),
+            *given_strides,
             self.sinks,
             *self.sinks_strides,
             *of_edits,
@@ -1001,7 +1008,7 @@ class DecodeCall:
                 log_sum_exp,
                 workspace,
                 splits,
-                *output_strides,
+                *self.output_strides,
                 num_heads,
                 group,
                 num_queries,
@@ -1012,8 +1019,9 @@ class DecodeCall:
         # Triton looks at every argument of every launch, which takes longer than all of the above. A call that is like an
         # earlier one in all that Triton compiles for goes to the compiled kernel.
         alike = None
-        if given is None and not paged and _all_aligned(query, key, value, valid, self.sinks, strides):
-            alike = (self.alike, valid is None, splits == 1, merge_apart, overlaps)
+        if not paged and _all_aligned(query, key, value, valid, self.sinks, strides):
+            of_mask = None if given is None else (mask is None, *kinds((given, *given_strides)))
+            alike = self._alike(valid, of_mask, splits, overlaps)
             compiled = edits.compiled.get(alike)
             if compiled is not None:
                 kernel, constants, merge, merge_constants = compiled
@@ -1050,6 +1058,96 @@ class DecodeCall:
         if alike is not None and kernel is not None and torch.version.hip is None:
             edits.compiled[alike] = kernel, constants, merge, merge_constants
         return _result(output, log_sum_exp)
+
+    def again(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """``run`` of one query that sees all keys, none of them padding: with less to do on the host, which the device waits for.
+
+        Few keys are not split, since a second launch takes longer than they do; compiled kernels get addresses for tensors.
+        """
+        num_keys = key.shape[2]
+        tiles = -(-num_keys // self.layout.block_m)
+        step = self.steps.get(tiles)
+        of_query, of_key, of_value = query.stride(), key.stride(), value.stride()
+        strides = (*of_query[:3], *of_key[:3], *of_value[:3])
+        if (
+            step is None
+            or of_query[3] * of_key[3] * of_value[3] != 1
+            or not _all_aligned(query, key, value, None, None, strides)
+        ):
+            output = self.run(query, key, value, num_keys, num_keys - 1, cut=self._cut_of_step(tiles, num_keys))
+            if step is None:
+                self._keep_step(tiles, num_keys)
+            assert isinstance(output, Tensor)
+            return output
+        output = value.new_empty(self.batch, 1, self.num_heads, self.value_dim)
+        place, workspace, gain = output.data_ptr(), None, None
+        rest, merge_rest = step.rest, step.merge_rest
+        if self.ranking is not None and self.gain is not None:
+            gain = ranked_gain(query, self.ranking, self.gain)
+            rest = (*rest[: step.gain], gain.data_ptr(), *rest[step.gain + 1 :])
+            merge_rest = (*merge_rest[: step.merge_gain], gain.data_ptr(), *merge_rest[step.merge_gain + 1 :])
+        if step.workspace:
+            workspace = torch.empty(step.workspace, dtype=torch.float32, device=self.device)
+        at_workspace = None if workspace is None else workspace.data_ptr()
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        step.kernel[step.grid](
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            place,
+            None,
+            at_workspace,
+            None,
+            *strides,
+            *self.output_strides,
+            self.num_heads,
+            self.group,
+            1,
+            num_keys,
+            num_keys - 1,
+            *rest,
+            stream=stream,
+        )
+        if workspace is not None:
+            step.merge[self.merge_grid](place, None, at_workspace, *merge_rest, stream=stream)
+        return output.transpose(1, 2)
+
+    def _cut_of_step(self, tiles: int, num_keys: int) -> tuple[int, bool]:
+        """As ``_splits``, for ``again``."""
+        return (1, False) if tiles <= MOST_TILES_OF_ONE_LAUNCH else self._splits(num_keys, num_keys - 1, masked=False)
+
+    def _keep_step(self, tiles: int, num_keys: int) -> None:
+        """Puts what the call before has compiled where ``again`` finds it; the interpreter compiles nothing."""
+        splits, overlaps = self._cut_of_step(tiles, num_keys)
+        compiled = self.edits.compiled.get(self._alike(None, None, splits, overlaps))
+        if compiled is None or self.window is not None or (splits > 1 and not self._merges_apart(splits)):
+            return
+        kernel, constants, merge, merge_constants = compiled
+        before = (*self._before_edits(), None, 0, None, 0, None, 0, None, 0, 0, 0, 0, self.sinks, *self.sinks_strides)
+        before_merge = (splits, *self.output_strides, self.num_heads, self.group, 1, self.sinks, *self.sinks_strides)
+        edits = self.edits
+        self.steps[tiles] = _Step(
+            kernel=kernel,
+            grid=(splits, self.kv_heads * self.layout.row_blocks, self.batch),
+            rest=(*_addresses((*before, *edits.arguments)), *constants),
+            gain=len(before) + len(edits.arguments) + GAIN,
+            merge=merge,
+            merge_rest=(*_addresses((*before_merge, *edits.merge_arguments)), *merge_constants),
+            merge_gain=len(before_merge) + len(edits.merge_arguments) + GAIN,
+            workspace=self.programs * splits * self.layout.of_split if splits > 1 else 0,
+        )
+
+    def _before_edits(self) -> tuple[float | int, ...]:
+        return self.scaling, float(self.softcap or 0.0), self.window or 0
+
+    def _alike(self, valid: object, of_mask: object, splits: int, overlaps: bool) -> tuple[object, ...]:
+        """What Triton compiles for, beside the edits."""
+        return (self.alike, valid is None, of_mask, splits == 1, self._merges_apart(splits), overlaps)
+
+    def _merges_apart(self, splits: int) -> bool:
+        return splits > 1 and (
+            self.edits.classes > 1 or self.can_overlap or splits * self.layout.merged > MOST_MERGED_IN_PLACE
+        )
 
     def _splits(self, num_keys: int, query_offset: int, masked: bool) -> tuple[int, bool]:
         """Into how many parts the keys are cut, and whether the merge may start early."""
@@ -1096,6 +1194,25 @@ def _all_aligned(
     if sinks is not None:
         addresses |= sinks.data_ptr()
     return (addresses | together) & 15 == 0 and together < 2**31
+
+
+def _addresses(arguments: tuple[Tensor | float | int | None, ...]) -> tuple[float | int | None, ...]:
+    """For a compiled kernel, while somebody keeps the tensors."""
+    return tuple(argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments)
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """Compiled kernels with what they take after the number of keys, the gain at ``gain``, and after the workspace."""
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    rest: tuple[Any, ...]
+    gain: int
+    merge: Any
+    merge_rest: tuple[Any, ...]
+    merge_gain: int
+    workspace: int  # numbers
 
 
 _Compiled = tuple[Any, tuple[Any, ...], Any, tuple[Any, ...]]
