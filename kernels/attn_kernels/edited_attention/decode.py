@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attn_kernels.edited_attention.edited_flash import LOWEST_MAXIMUM, load_tile
-from attn_kernels.edited_attention.head_ranking import ranked_gain
+from attn_kernels.edited_attention.head_ranking import RankedGain
 from attn_kernels.edited_attention.launch import (
     batch_stride,
     can_overlap,
@@ -891,7 +891,10 @@ class DecodeCall:
         self.causal, self.window, self.sinks = inputs.causal, inputs.window, inputs.sink_logits
         self.softcap, self.scaling = inputs.softcap, float(inputs.scaling)
         self.return_log_sum_exp, self.paged, self.splits = return_log_sum_exp, paged, splits
-        self.edits, self.ranking, self.gain = _edits(lowered), lowered.ranking, lowered.gain
+        self.edits = _edits(lowered)
+        self.gain: RankedGain | None = None
+        if lowered.ranking is not None and lowered.gain is not None:
+            self.gain = RankedGain(lowered.ranking, lowered.gain, head_dim)
         self.layout = _layout(query.dtype, self.num_rows, self.edits.classes, head_dim, self.value_dim, config)
         self.programs = self.batch * self.kv_heads * self.layout.row_blocks
         self.multiprocessors, self.can_overlap = multiprocessors(query.device), can_overlap(query.device)
@@ -969,8 +972,8 @@ class DecodeCall:
                 counters = _counters(self.device, self.programs)
         strides = (*query.stride()[:3], *key_strides[:3], *value_strides[:3], *self.output_strides)
         of_edits, of_merge = edits.arguments, edits.merge_arguments
-        if self.ranking is not None:
-            gain = ranked_gain(query, self.ranking, self.gain)
+        if self.gain is not None:
+            gain = self.gain(query)
             of_edits = (*of_edits[:GAIN], gain, *of_edits[GAIN + 1 :])
             of_merge = (*of_merge[:GAIN], gain, *of_merge[GAIN + 1 :])
         arguments = (
@@ -1082,8 +1085,8 @@ class DecodeCall:
         output = value.new_empty(self.batch, 1, self.num_heads, self.value_dim)
         place, workspace, gain = output.data_ptr(), None, None
         rest, merge_rest = step.rest, step.merge_rest
-        if self.ranking is not None and self.gain is not None:
-            gain = ranked_gain(query, self.ranking, self.gain)
+        if self.gain is not None:
+            gain = self.gain(query)
             rest = (*rest[: step.gain], gain.data_ptr(), *rest[step.gain + 1 :])
             merge_rest = (*merge_rest[: step.merge_gain], gain.data_ptr(), *merge_rest[step.merge_gain + 1 :])
         if step.workspace:

@@ -50,32 +50,27 @@ def _ranked_gain(
     tl.store(gain + batch * num_heads + heads, ranked * factors, mask=inside)
 
 
-def ranked_gain(query: Tensor, ranking: Ranking, factor: Tensor) -> Tensor:
-    """Gains ``(B, H)`` float32 of queries ``(B, H, 1, D)``, times ``factor`` ``(B, H)`` float32 contiguous."""
-    batch, num_heads, _, width = query.shape
-    along = ranking.along.contiguous()
-    gain = torch.empty_like(factor)
-    launch(
-        _ranked_gain,
-        (batch, 1, 1),
-        (
-            query,
-            *query.stride()[:2],
-            along,
-            None if ranking.where is None else ranking.where.view(torch.uint8),
-            factor,
-            gain,
-            num_heads,
-            num_heads // along.shape[1],
-            ranking.kept,
-            ranking.otherwise,
-        ),
-        {
-            "HAS_WHERE": ranking.where is not None,
+class RankedGain:
+    """Gains ``(B, H)`` float32 of queries ``(B, H, 1, D)`` under one ranking, times ``factor`` ``(B, H)`` float32 contiguous.
+
+    Kept for the steps of a sequence, so that only the query is looked at in each.
+    """
+
+    def __init__(self, ranking: Ranking, factor: Tensor, width: int) -> None:
+        self.factor, self.along = factor, ranking.along.contiguous()
+        self.where = None if ranking.where is None else ranking.where.view(torch.uint8)
+        batch, num_heads = factor.shape
+        self.grid = (batch, 1, 1)
+        self.sizes = (num_heads, num_heads // self.along.shape[1], ranking.kept, float(ranking.otherwise))
+        self.constants = {
+            "HAS_WHERE": self.where is not None,
             "D": width,
             "BLOCK_D": padded_size(width),
             "BLOCK_H": power_of_two(num_heads),
-        },
-        WARPS,
-    )
-    return gain
+        }
+
+    def __call__(self, query: Tensor) -> Tensor:
+        gain = torch.empty_like(self.factor)
+        arguments = (query, *query.stride()[:2], self.along, self.where, self.factor, gain, *self.sizes)
+        launch(_ranked_gain, self.grid, arguments, self.constants, WARPS)
+        return gain

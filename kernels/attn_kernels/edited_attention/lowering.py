@@ -533,7 +533,8 @@ def head_selection(chosen: Sequence[bool], device: torch.device) -> Tensor:
     """``(H,)`` bool on ``device`` whose indices are known already: nothing waits for the device, now or later."""
     # What is made under inference_mode could not serve training later.
     with torch.inference_mode(False):
-        selection, indices = torch.tensor(chosen), torch.tensor(chosen).nonzero().squeeze(-1).to(torch.int32)
+        selection = torch.tensor(chosen, device="cpu")
+        indices = selection.nonzero().squeeze(-1).to(torch.int32)
         if device.type == "cuda":
             # Copies from pageable memory would wait.
             selection, indices = selection.pin_memory(), indices.pin_memory()
