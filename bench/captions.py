@@ -6,7 +6,8 @@
 in a CUDA graph and replayed, for edits of attention alone: what is left is the device's own time. ``reference``: as the
 papers' code does it, eager attention whose weights are edited and kept in every step, and for second streams a whole second model
 call a step, no step skipped. The unedited model has a turn before and after every third setting; ratios are to the mean of the two.
-``generate`` goes through the settings twice, the second time backwards, and gives the mean of the two ratios.
+``generate`` goes through the settings several times, every other time backwards, and gives the median of the ratios. Beside it
+stands the same of the host's own time (``host``), in which others that use the machine have less of a part.
 
 Random weights know no next token, so that no step would be certain and every second stream would run. The output layer is
 multiplied by ``SHARPNESS``, so that some steps are; the share of skipped steps stands beside the ratio. Random weights have no
@@ -17,11 +18,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -66,7 +69,7 @@ def settings(smoke: bool) -> dict[str, list[dict[str, Any]]]:
 CAPTURED = ("var", "imbalanced", "pai", "spin", "eah")
 SETTINGS_A_TURN = 3
 # How often each setting is measured: where the host is what is waited for, two captions differ by some percent.
-ROUNDS = {"generate": 2, "replay": 1, "reference": 1}
+ROUNDS = {"generate": 3, "replay": 1, "reference": 1}
 GOALS = {
     **dict.fromkeys(("var", "vhr", "imbalanced", "pai", "spin"), 1.08),
     **dict.fromkeys(("agla", "vcd"), 1.2),
@@ -181,6 +184,8 @@ class Captions:
         self.prompt = self.model.prompt(self.length)
         start = int((self.prompt["input_ids"][0] == case.image_token_id).nonzero()[0])
         sinks = torch.arange(start, start + case.image_tokens, 20, device=device)
+        # Seconds that the host was busy with the last caption.
+        self.busy = 0.0
         self.reference = Reference((start, start + case.image_tokens), sinks, self.length)
 
     def run(self) -> None:
@@ -206,12 +211,16 @@ class Captions:
 
     def _round(self, mode: str, names: Sequence[str]) -> list[Row]:
         found = []
-        before = self._unedited(mode)
+        before, host = self._unedited(mode), self.busy
         for start in range(0, len(names), SETTINGS_A_TURN):
             rows = [self._row(mode, name) for name in names[start : start + SETTINGS_A_TURN]]
-            after = self._unedited(mode)
-            found += [row | {"unedited_seconds": [rounded(before), rounded(after)]} for row in rows]
-            before = after
+            after, host_after = self._unedited(mode), self.busy
+            beside = {
+                "unedited_seconds": [rounded(before), rounded(after)],
+                "unedited_host": rounded((host + host_after) / 2),
+            }
+            found += [row | beside for row in rows]
+            before, host = after, host_after
         return found
 
     def _row(self, mode: str, name: str) -> Row:
@@ -223,15 +232,17 @@ class Captions:
             seconds, skipped = self._edited(mode, name, settings(self.options.smoke)[name])
         except Exception as problem:
             return {**row, "error": short(problem)}
-        return {**row, "seconds": rounded(seconds), "skipped": rounded(skipped)}
+        return {**row, "seconds": rounded(seconds), "skipped": rounded(skipped), "host_seconds": rounded(self.busy)}
 
     def _unedited(self, mode: str) -> float:
         return self._replay() if mode == "replay" else self._generate()
 
     def _generate(self, new_tokens: int | None = None, **kept: Any) -> float:
-        begin = self.model.now()
+        begin, busy = self.model.now(), time.thread_time()
         self.model.model.generate(**self.prompt, max_new_tokens=new_tokens or self.new_tokens, **kept)
-        return self.model.now() - begin
+        seconds = self.model.now() - begin
+        self.busy = time.thread_time() - busy
+        return seconds
 
     def _replay(self) -> float:
         """Prefill and the steps after it; capturing the graph is not counted."""
@@ -281,12 +292,20 @@ class Captions:
 
 
 def _joined(rows: Sequence[Row]) -> Row:
-    """The rounds of one setting as one row: the mean of their ratios, each to the unedited model beside it."""
+    """The rounds of one setting as one row: the median of their ratios, each to the unedited model beside it."""
     seconds = [row["seconds"] for row in rows]
     unedited = [sum(row["unedited_seconds"]) / 2 for row in rows]
     ratios = [rounded(edited / plain) for edited, plain in zip(seconds, unedited, strict=True)]
-    means = {"seconds": rounded(sum(seconds) / len(rows)), "ratio": rounded(sum(ratios) / len(rows)), "ratios": ratios}
-    return rows[-1] | means | {"unedited_seconds": [second for row in rows for second in row["unedited_seconds"]]}
+    means: Row = {
+        "seconds": rounded(sum(seconds) / len(rows)),
+        "ratio": rounded(sum(ratios) / len(rows)),
+        "ratios": ratios,
+    }
+    if rows[0]["mode"] == "generate":
+        means["host_ratios"] = [rounded(row["host_seconds"] / row["unedited_host"]) for row in rows]
+        means["host_ratio"] = rounded(median(means["host_ratios"]))
+    shown = {name: value for name, value in rows[-1].items() if name not in ("host_seconds", "unedited_host")}
+    return shown | means | {"unedited_seconds": [second for row in rows for second in row["unedited_seconds"]]}
 
 
 def captions_table(rows: Sequence[Row]) -> str:

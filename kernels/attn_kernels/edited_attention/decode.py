@@ -1085,14 +1085,14 @@ class DecodeCall:
         output = value.new_empty(self.batch, 1, self.num_heads, self.value_dim)
         place, workspace, gain = output.data_ptr(), None, None
         rest, merge_rest = step.rest, step.merge_rest
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
         if self.gain is not None:
-            gain = self.gain(query)
+            gain = self.gain(query, stream)
             rest = (*rest[: step.gain], gain.data_ptr(), *rest[step.gain + 1 :])
             merge_rest = (*merge_rest[: step.merge_gain], gain.data_ptr(), *merge_rest[step.merge_gain + 1 :])
         if step.workspace:
             workspace = torch.empty(step.workspace, dtype=torch.float32, device=self.device)
         at_workspace = None if workspace is None else workspace.data_ptr()
-        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
         step.kernel[step.grid](
             query.data_ptr(),
             key.data_ptr(),

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attn_kernels.edited_attention.launch import launch, padded_size, power_of_two
+from attn_kernels.edited_attention.launch import Compiled, launch, padded_size, power_of_two
 from attn_kernels.primitives import Ranking
 
 WARPS = 4
@@ -59,6 +59,8 @@ class RankedGain:
     def __init__(self, ranking: Ranking, factor: Tensor, width: int) -> None:
         self.factor, self.along = factor, ranking.along.contiguous()
         self.where = None if ranking.where is None else ranking.where.view(torch.uint8)
+        self.addresses = [None if part is None else part.data_ptr() for part in (self.along, self.where, factor)]
+        self.compiled: Compiled | None = None
         batch, num_heads = factor.shape
         self.grid = (batch, 1, 1)
         self.sizes = (num_heads, num_heads // self.along.shape[1], ranking.kept, float(ranking.otherwise))
@@ -69,8 +71,18 @@ class RankedGain:
             "BLOCK_H": power_of_two(num_heads),
         }
 
-    def __call__(self, query: Tensor) -> Tensor:
+    def __call__(self, query: Tensor, stream: int | None = None) -> Tensor:
+        """``stream``: the current one, if the caller knows it."""
         gain = torch.empty_like(self.factor)
-        arguments = (query, *query.stride()[:2], self.along, self.where, self.factor, gain, *self.sizes)
-        launch(_ranked_gain, self.grid, arguments, self.constants, WARPS)
+        strides, address = query.stride()[:2], query.data_ptr()
+        is_aligned = (strides[0] | strides[1] | address) & 15 == 0
+        if self.compiled is not None and is_aligned:
+            kernel, constants = self.compiled
+            rest = (gain.data_ptr(), *self.sizes, *constants)
+            kernel[self.grid](address, *strides, *self.addresses, *rest, stream=stream)
+            return gain
+        arguments = (query, *strides, self.along, self.where, self.factor, gain, *self.sizes)
+        compiled = launch(_ranked_gain, self.grid, arguments, self.constants, WARPS)
+        if is_aligned:
+            self.compiled = compiled
         return gain

@@ -11,7 +11,9 @@ from torch import Tensor
 
 Argument: TypeAlias = Tensor | int | float | None
 
-_compiled: dict[tuple[object, ...], tuple[Any, tuple[object, ...]]] = {}
+Compiled: TypeAlias = tuple[Any, tuple[object, ...]]
+"""A compiled kernel and its constants, which it takes last."""
+_compiled: dict[tuple[object, ...], Compiled] = {}
 
 
 def launch(
@@ -21,34 +23,35 @@ def launch(
     constants: dict[str, Any],
     warps: int,
     starts_early: bool = False,
-) -> None:
+) -> Compiled | None:
     """Launches a Triton kernel whose constants come last, on the device of its first argument.
 
     Triton looks at all arguments in every launch, which takes the host longer than the device computes. A launch like an
     earlier one, in all that Triton compiles for, goes to the compiled kernel. ``starts_early``: the kernel waits on the
-    device for the launch before, so that it may be started while that one runs.
+    device for the launch before, so that it may be started while that one runs. Returns what later launches alike may call
+    themselves, on a stream and with addresses for tensors; None where they may not.
     """
     first = arguments[0]
     assert isinstance(first, Tensor)
     if not first.is_cuda:
         kernel[grid](*arguments, **constants, num_warps=warps)
-        return
+        return None
     device = first.get_device()
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            launch(kernel, grid, arguments, constants, warps, starts_early)
-        return
+            return launch(kernel, grid, arguments, constants, warps, starts_early)
     alike = (id(kernel), device, warps, starts_early, *constants.values(), *kinds(arguments))
     known = _compiled.get(alike)
     if known is not None:
         compiled, values = known
         compiled[grid](*arguments, *values)
-        return
+        return known
     options = {"launch_pdl": True} if starts_early else {}
     compiled = kernel[grid](*arguments, **constants, num_warps=warps, **options)
     # Triton's interpreter returns nothing; on AMD it looks at more.
     if compiled is not None and torch.version.hip is None:
         _compiled[alike] = compiled, tuple(constants[name] for name in constant_names(kernel))
+    return _compiled.get(alike)
 
 
 def kinds(arguments: Sequence[Argument]) -> list[object]:
