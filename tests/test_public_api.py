@@ -70,6 +70,7 @@ ATTN_KERNELS = {
     "Pattern",
     "PowerOfTwoBlocks",
     "Primitive",
+    "Ranking",
     "Regroup",
     "SinkAndWindow",
     "Sparsity",
