@@ -279,10 +279,9 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "stream-beams": Entry(
         UnsupportedArgumentError,
-        "{model}: for beams and for several sequences a prompt generate() repeats the entries of these prompts' pixels, which "
-        "are not a whole prompt's each, in another order than the prompts, and {method} needs them.",
-        "transformers repeats pixel_values entry by entry: images of a prompt with several, tiles, or the flattened patches of "
-        "Qwen2-VL and its successors.",
+        "{model}: for beams and for several sequences a prompt {method} needs each prompt's part of {argument}, and its entries "
+        "are neither images, nor the patches of their grids, nor tiles of equally many tokens.",
+        "transformers repeats them entry by entry, which would mix the prompts.",
         "Generate one sequence a prompt without beams; call generate() again for another sample.",
     ),
     "stream-cache": Entry(

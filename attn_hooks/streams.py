@@ -14,7 +14,7 @@ import inspect
 import math
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -27,7 +27,7 @@ from transformers import Cache, DynamicCache
 
 from attn_hooks.edit import Edit
 from attn_hooks.errors import error
-from attn_hooks.layout import TokenKind, TokenLayout
+from attn_hooks.layout import ImageSpan, TokenKind, TokenLayout
 from attn_hooks.model_info import ModelInfo
 from attn_hooks.recorder import Recorder
 from attn_hooks.sequence import CLASS_ATTENTION, SequenceState, SequenceTracker, is_captured
@@ -199,10 +199,15 @@ class PixelsToForward:
         return False
 
 
+# What a forward takes of images, and of videos; beside it the name of the grids where it may lie patch by patch.
+OF_IMAGES = {"pixel_values": "image_grid_thw", "image_grid_thw": None, "image_sizes": None}
+OF_VIDEOS = {"pixel_values_videos": "video_grid_thw", "video_grid_thw": None, "second_per_grid_ts": None}
+
+
 @dataclass(frozen=True)
 class PixelsOfPrompts:
-    """In place of the ``_expand_inputs_for_generation`` of a model whose pixels come to its forward. transformers repeats them
-    entry by entry there, which is right only where an entry is all that a prompt shows."""
+    """In place of the ``_expand_inputs_for_generation`` of a model whose pixels come to its forward, for beams and several
+    sequences a prompt. transformers repeats them entry by entry there; this repeats all that a prompt shows, prompt by prompt."""
 
     model: Any
     info: ModelInfo
@@ -215,22 +220,45 @@ class PixelsOfPrompts:
         input_ids: Tensor | None = None,
         **given: Any,
     ) -> Any:
-        if expand_size > 1 and input_ids is not None:
-            spans = self.info.images_in(input_ids, given)
-            for name, number in (
-                ("pixel_values", sum(not span.video for span in spans)),
-                ("pixel_values_videos", sum(span.video for span in spans)),
-            ):
-                pixels = given.get(name)
-                # Idefics has the images of a prompt in one entry.
-                if isinstance(pixels, Tensor) and not (
-                    (pixels.ndim > 2 and len(pixels) == number) or (pixels.ndim == 5 and len(pixels) == len(input_ids))
-                ):
-                    raise error("stream-beams", method=self.method, model=self.info.model_class)
-            if any(span.image for span in spans):
-                raise error("stream-beams", method=self.method, model=self.info.model_class)
         plain = type(self.model)._expand_inputs_for_generation
-        return plain(self.model, expand_size, is_encoder_decoder, input_ids, **given)
+        repeated: dict[str, Tensor] = {}
+        # Idefics has the images of a prompt in one entry.
+        if expand_size > 1 and input_ids is not None and "pixel_attention_mask" not in given:
+            spans = sorted(self.info.images_in(input_ids, given), key=lambda span: (span.sample, span.start))
+            for names, of_video in ((OF_IMAGES, False), (OF_VIDEOS, True)):
+                shown = [span for span in spans if span.video == of_video]
+                for name, grids in names.items():
+                    if isinstance(given.get(name), Tensor):
+                        entries = _entries_of(given[name], shown, given.get(grids) if grids else None)
+                        if entries is None:
+                            raise error("stream-beams", method=self.method, model=self.info.model_class, argument=name)
+                        blocks = list(zip(shown, given[name].split(entries), strict=True))
+                        repeated[name] = torch.cat(
+                            [
+                                block
+                                for sample in range(len(input_ids))
+                                for _ in range(expand_size)
+                                for span, block in blocks
+                                if span.sample == sample
+                            ]
+                        )
+            given |= dict.fromkeys(repeated)
+        tokens, expanded = plain(self.model, expand_size, is_encoder_decoder, input_ids, **given)
+        return tokens, expanded | repeated
+
+
+def _entries_of(tensor: Tensor, shown: Sequence[ImageSpan], grids: Tensor | None) -> list[int] | None:
+    """How many entries of ``tensor`` each image has: one, its patches, or its tiles; None if that is none of them."""
+    if len(tensor) == len(shown):
+        return [1] * len(shown)
+    if grids is not None:
+        patches = [int(number) for number in grids.prod(-1).tolist()]
+        return patches if len(patches) == len(shown) and sum(patches) == len(tensor) else None
+    # Tiles have equally many tokens.
+    tokens = sum(span.tokens for span in shown)
+    if tokens == 0 or any(span.tokens * len(tensor) % tokens for span in shown):
+        return None
+    return [span.tokens * len(tensor) // tokens for span in shown]
 
 
 class _InFlight(threading.local):

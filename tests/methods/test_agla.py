@@ -183,6 +183,24 @@ def test_beams_take_the_second_stream_with_them() -> None:
     assert float(found.sequences_scores[0]) == pytest.approx(score, abs=1e-3)
 
 
+@pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_vl", "qwen2_5_vl"])
+@torch.no_grad()
+def test_beams_of_every_packing_of_pixels(family: str) -> None:
+    """Each beam starts from what its prompt gives without beams: images, and patches on a grid."""
+    case, edit = vlms.CASES[family], AGLA(beta=0.0, keep=0.4, layers=LAYERS)
+    model, inputs = case.model(), case.inputs()
+    if "video_grid_thw" in inputs:
+        # The first prompt has a video, which AGLA does not take.
+        patches = inputs["pixel_values"][-int(inputs["image_grid_thw"][-1].prod()) :]
+        inputs = {name: value[2:] for name, value in inputs.items() if "video" not in name} | {"pixel_values": patches}
+    plain = generated(model, inputs, 2).logits[0]
+    with attn_hooks.editing(model, edit):
+        alone = generated(model, inputs, 2).logits[0]
+        beams = generated(model, inputs, 2, num_beams=2, num_return_sequences=2).logits[0]
+    assert not torch.allclose(alone, plain)
+    torch.testing.assert_close(beams, alone.repeat_interleave(2, 0), rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_a_batch_is_its_prompts_one_by_one() -> None:
     model, inputs, edit = LLAVA.model(), three_prompts(), AGLA(beta=0.3, keep=0.4, layers=LAYERS)

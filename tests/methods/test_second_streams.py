@@ -275,31 +275,23 @@ def refused(code: str, action: Callable[[], Any]) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_several_sequences_of_a_prompt_see_its_image_or_are_refused(family: str) -> None:
-    """Without an effect of its own the method leaves beams as they are, though it has the pixels come to the forward."""
-    model, inputs = vlms.CASES[family].model(), last_prompt(vlms.CASES[family])
+def test_several_sequences_of_a_prompt_see_its_images(family: str) -> None:
+    """Of prompts with several images, none and one: without an effect of its own the method leaves beams as they are, though it
+    has the pixels come to the forward; with one, each beam has what its prompt has without beams."""
+    case = vlms.CASES[family]
+    model, inputs = case.model(), case.inputs()
     two = {"max_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True, "do_sample": False}
     several = {**two, "num_beams": 2, "num_return_sequences": 2}
     plain = model.generate(**inputs, **several)
     with attn_hooks.editing(model, VCD(alpha=0.0, beta=0.0)):
-        if inputs["pixel_values"].ndim == 2 or family == "internvl":
-            refused("stream-beams", lambda: model.generate(**inputs, **several))
-            model.generate(**inputs, **two)
-            return
         found = model.generate(**inputs, **several)
     assert torch.equal(found.sequences, plain.sequences)
     torch.testing.assert_close(found.logits, plain.logits)
-
-
-def last_prompt(case: vlms.Case) -> dict[str, Any]:
-    """The batch's last prompt alone, which has one image, the last."""
-    inputs = {name: value for name, value in case.inputs().items() if "video" not in name}
-    patches = int(inputs["image_grid_thw"][-1].prod()) if "image_grid_thw" in inputs else 1
-    tiles = 2 if case is vlms.CASES["internvl"] else patches
-    real = inputs["attention_mask"][2].bool()
-    alone = {name: value[-tiles:] if name == "pixel_values" else value[-1:] for name, value in inputs.items()}
-    of_tokens = {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"} & set(alone)
-    return alone | {name: alone[name][:, real] for name in of_tokens}
+    with attn_hooks.editing(model, VCD(alpha=0.7, beta=0.0)):
+        alone = model.generate(**inputs, **two).logits[0]
+        found = model.generate(**inputs, **several).logits[0]
+    assert not torch.allclose(alone, plain.logits[0][::2])
+    torch.testing.assert_close(found, alone.repeat_interleave(2, 0), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -334,7 +326,8 @@ def test_what_cannot_be_followed_is_refused() -> None:
     model(**inputs, past_key_values=cache)
     with attn_hooks.editing(model, VCD()):
         refused("stream-training", lambda: model(**inputs, labels=inputs["input_ids"]))
-        refused("stream-beams", lambda: model.generate(**inputs, num_beams=2, max_new_tokens=2))
+        odd = {**inputs, "pixel_values": inputs["pixel_values"][[0, 1, 2, 2, 1]]}
+        refused("stream-beams", lambda: model.generate(**odd, num_beams=2, max_new_tokens=2))
         step = torch.full((3, 1), 5)
         refused("stream-no-prompt", lambda: model(input_ids=step, past_key_values=cache))
         followed = DynamicCache(config=model.config.get_text_config())
