@@ -55,7 +55,7 @@ def test_equals_the_pytorch_path(data: st.DataObject) -> None:
     edits = [data.draw(primitives(inputs, kinds)) for _ in range(data.draw(st.integers(1, 3)))]
     layout = data.draw(st.sampled_from(["tokens first", "heads first", "part of a wider tensor"]))
     output = random_output(inputs, layout, data.draw(st.integers(0, 2**31)))
-    expected = head_affine(output.clone(), edits)
+    expected = head_affine(output.clone(), edits, inputs.query)
     only_touched = data.draw(st.booleans())
     output, inputs, edits = on_device((output, inputs, edits))
     try:
@@ -77,7 +77,7 @@ def test_several_tiles_of_rows(size: int, value_dim: int, scoped: bool) -> None:
         HeadAffine(gain, torch.linspace(-3, 3, 10 * value_dim).reshape(2, 5, value_dim), rows=rows)
     ]
     output = random_output(inputs, "tokens first", size)
-    expected = head_affine(output.clone(), edits)
+    expected = head_affine(output.clone(), edits, inputs.query)
     output, inputs, edits = on_device((output, inputs, edits))
     torch.testing.assert_close(head_affine_(output, lower(inputs, edits)).cpu(), expected, rtol=1e-6, atol=1e-6)
 
