@@ -62,7 +62,7 @@ def last_rows(inputs: AttentionInputs, lowered: LoweredEdits, first: int, with_r
     of_run = (
         dispatch.plain_attention_of(dispatch._rows_and_parts(inputs, first, run, parts)) if run[0] < run[1] else None
     )
-    with mock.patch.object(span_flash, "CONFIG_OF_LAST_ROWS", SMALL):
+    with mock.patch.multiple(span_flash, CONFIG=SMALL, CONFIG_OF_FEW_ROWS=SMALL):
         span_flash.edit_last_rows_(inputs, lowered, output, first, run, of_run)
     return output[:, :, first:]
 

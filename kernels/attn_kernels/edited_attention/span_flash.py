@@ -16,7 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from attn_kernels.edited_attention.edited_flash import LOWEST_MAXIMUM, accumulate, load_tile, load_whole_tile
-from attn_kernels.edited_attention.launch import batch_stride, ceil_div, last_contiguous, launch, padded_size
+from attn_kernels.edited_attention.launch import (
+    batch_stride,
+    ceil_div,
+    last_contiguous,
+    launch,
+    multiprocessors,
+    padded_size,
+)
 from attn_kernels.edited_attention.lowering import LoweredEdits
 from attn_kernels.edited_attention.tiles import (
     LOG2_E,
@@ -31,9 +38,9 @@ from attn_kernels.edited_attention.tiles import (
 from attn_kernels.edited_attention.tiles import NO_BIT as NO_BIT_IN_KERNEL
 from attn_kernels.inputs import AttentionInputs
 
-# Rows and keys of a tile, warps, pipeline stages: of all rows, and of the last rows, which are few.
+# Rows and keys of a tile, warps, pipeline stages: of many rows, and of so few that not all multiprocessors had a program.
 CONFIG = (64, 64, 4, 3)
-CONFIG_OF_LAST_ROWS = (16, 64, 4, 3)
+CONFIG_OF_FEW_ROWS = (16, 64, 4, 3)
 # The other keys are gathered by every program, in tiles.
 MOST_OTHERS = 256
 
@@ -447,7 +454,10 @@ def edit_last_rows_(
     """
     assert lowered.span is not None
     others = lowered.span.others_without(run[0], run[1], inputs.num_keys)
-    _launch(inputs, lowered, output, of_run, first_row, others, first_row, heads, CONFIG_OF_LAST_ROWS)
+    num_heads = inputs.num_heads if heads is None else len(heads)
+    programs = ceil_div(inputs.num_queries - first_row, CONFIG[0]) * num_heads * len(inputs.query)
+    config = CONFIG if programs >= multiprocessors(inputs.query.device) else CONFIG_OF_FEW_ROWS
+    _launch(inputs, lowered, output, of_run, first_row, others, first_row, heads, config)
 
 
 def _launch(
