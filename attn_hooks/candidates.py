@@ -90,8 +90,9 @@ class CandidateRunner(StreamRunner):
         state = super()._begin(outer, given)
         return None if state is None else _CandidateState(**vars(state))
 
-    def _combined(self, outer: nn.Module, state: StreamState, logits: Tensor) -> Tensor:
+    def _combined(self, outer: nn.Module, state: StreamState, logits: Tensor, second: Tensor | None) -> Tensor:
         assert isinstance(state, _CandidateState)
+        assert second is None, "candidates run by themselves"
         record = self.recorder.records[self.place]
         record.calls["decode" if state.waiting else "prefill"] += 1
         main = logits.float()

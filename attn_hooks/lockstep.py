@@ -102,15 +102,16 @@ class Lockstep:
             cache.batch_select_indices(torch.arange(prompts, device=output[0].device))
         if in_flight.current is not None:
             in_flight.current.keep_rows(prompts)
-        return _first_rows(output, prompts)
+        return first_rows(output, prompts)
 
 
-def _first_rows(output: Any, rows: int) -> Any:
+def first_rows(output: Any, rows: int) -> Any:
+    """A module's output without the second half of its ``2 * rows`` rows."""
     if isinstance(output, ModelOutput):
         for name, value in output.items():
             if not isinstance(value, Cache):
-                output[name] = _first_rows(value, rows)
+                output[name] = first_rows(value, rows)
         return output
     if isinstance(output, tuple):
-        return tuple(_first_rows(part, rows) for part in output)
+        return tuple(first_rows(part, rows) for part in output)
     return output[:rows] if isinstance(output, Tensor) and len(output) == 2 * rows else output

@@ -186,6 +186,8 @@ class _InFlight(threading.local):
     positions: tuple[int, int] | None = None
     # Rows below the prompts that lockstep.py has added.
     companions: int = 0
+    # Rows below the sequences that are a second stream's and not followed here (in_step.py).
+    beside: int = 0
 
 
 class SequenceTracker:
@@ -318,12 +320,13 @@ class SequenceTracker:
             return
         if tokens is not None and self.rows_per_sequence > 1:
             tokens = new = tokens[:: self.rows_per_sequence]
-        batch, length = new.shape[:2]
-        if tokens is None:
-            tokens = self._outer_tokens(batch, length)
+        batch, length = len(new) - self.in_flight.beside, new.shape[1]
+        tokens = tokens[:batch] if tokens is not None else self._outer_tokens(batch, length)
         self.in_flight.outer_tokens = None
         self._refuse_packed(given, past)
-        valid = _valid_tokens(given.get("attention_mask"), batch, past + length, new.device)
+        mask = given.get("attention_mask")
+        mask = mask[:batch] if self.in_flight.beside and isinstance(mask, Tensor) else mask
+        valid = _valid_tokens(mask, batch, past + length, new.device)
         new_valid = torch.ones(batch, length, dtype=torch.bool, device=new.device)
         # A generated token is no image, whatever its id.
         images = () if past and length == 1 else self.model.images_in(tokens, self.in_flight.outer_given or given)

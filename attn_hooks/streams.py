@@ -2,7 +2,8 @@
 
 A method (``StreamEdit``) says what the second stream's prompt is and how the logits combine. The second stream has a cache of its
 own and runs when its logits are needed: a step in which one token alone passes the method's cutoff is certain without it, and
-its tokens wait until a later step asks (the exact skip of AGLA's sheet). It follows beams with the main cache.
+its tokens wait until a later step asks (the exact skip of AGLA's sheet). From then on both streams take a step in one forward where
+they can (``in_step.py``), which costs less than asking. The second follows beams with the main cache.
 
 Everything happens in hooks around the model's own forward, so ``generate`` with any strategy, streaming, chats of several
 turns and plain forward loops get the same logits.
@@ -27,6 +28,7 @@ from transformers import Cache, DynamicCache
 
 from attn_hooks.edit import Edit
 from attn_hooks.errors import error
+from attn_hooks.in_step import InStep, can_join, for_both
 from attn_hooks.layout import ImageSpan, TokenKind, TokenLayout
 from attn_hooks.model_info import ModelInfo
 from attn_hooks.recorder import Recorder
@@ -82,6 +84,11 @@ class StreamEdit(Edit):
     def has_stream(self) -> bool:
         """Whether these parameters need a second stream at all."""
         return True
+
+    @property
+    def in_step(self) -> bool:
+        """Whether both streams, of the same tokens then, may take a decode step in one forward."""
+        return False
 
     @property
     @abstractmethod
@@ -149,6 +156,7 @@ class StreamState:
     prompt_length: int  # of the main stream
     positions_dims: int  # of the main stream's position_ids
     cache: DynamicCache | None = None
+    in_step: InStep | None = None
     waiting: list[dict[str, Any]] = field(default_factory=list)
     text_from: int = 0  # positions of the main prompt from here on are in both streams, with the same text
 
@@ -268,15 +276,21 @@ class _InFlight(threading.local):
     is_second: bool = False
     # Of the second stream's newest forward.
     second: SequenceState | None = None
+    # While both streams are in one forward.
+    in_step: InStep | None = None
 
 
 class StreamRunner:
-    """Runs the second stream of the one edit that has one, in hooks of the model and of its decoder."""
+    """Runs the second stream of the one edit that has one, in hooks of the model and of its decoder.
+
+    ``alone``: no other edit is in force, whose memory would need rows for the second stream where both are in one forward.
+    """
 
     def __init__(
-        self, edit: StreamEdit, place: int, model: ModelInfo, tracker: SequenceTracker, recorder: Recorder
+        self, edit: StreamEdit, place: int, model: ModelInfo, tracker: SequenceTracker, recorder: Recorder, alone: bool
     ) -> None:
         self.edit, self.place, self.model, self.tracker, self.recorder = edit, place, model, tracker, recorder
+        self.alone = alone
         self.in_flight = _InFlight()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -286,10 +300,14 @@ class StreamRunner:
         vars(self).update(state, in_flight=_InFlight())
 
     @torch.compiler.disable(reason="attn_hooks runs a second stream on the host")
-    def before_forward(self, outer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_forward(
+        self, outer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook of the whole model."""
         if self.in_flight.is_second:
-            return
+            return None
+        # What interrupts a forward passes its hooks by.
+        self._part()
         names = list(inspect.signature(outer.forward).parameters)
         given = dict(zip(names, args, strict=False)) | kwargs
         if given.get("labels") is not None:
@@ -297,6 +315,35 @@ class StreamRunner:
         cache = given.get("past_key_values")
         self.in_flight.given, self.in_flight.embeddings = given, None
         self.in_flight.past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+        state = getattr(cache, STREAMS_ATTRIBUTE, {}).get(self.tracker.key) if self.in_flight.past else None
+        return None if state is None else self._join(outer, state, given, cache)
+
+    def _join(
+        self, outer: nn.Module, state: StreamState, given: dict[str, Any], cache: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Makes this forward one over both streams' next tokens; None where each has to take them by itself."""
+        is_for_both = self.edit.in_step and self.alone and not torch.is_grad_enabled()
+        if not is_for_both or state.waiting or not can_join(cache, state.cache):
+            return None
+        # The model would count positions itself, and knows those of the second stream's prompt by now.
+        counts_itself = any(getattr(module, "rope_deltas", None) is not None for module in (outer, outer.base_model))
+        both = for_both(given, len(state.has_image))
+        if both is None or (counts_itself and not isinstance(given.get("position_ids"), Tensor)):
+            return None
+        if state.in_step is None or state.in_step.first is not cache:
+            state.in_step = InStep(cache, state.cache, len(state.has_image))
+        state.in_step.join()
+        flight, self.in_flight.in_step = self.tracker.in_flight, state.in_step
+        flight.beside, flight.without_edits = state.in_step.batch, True
+        return (), both
+
+    def _part(self) -> InStep | None:
+        """Ends the forward over both streams, if one was begun."""
+        in_step, self.in_flight.in_step = self.in_flight.in_step, None
+        if in_step is not None:
+            self.tracker.in_flight.beside, self.tracker.in_flight.without_edits = 0, False
+            in_step.part()
+        return in_step
 
     def before_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the decoder: a prompt's tokens and images, embedded."""
@@ -309,9 +356,14 @@ class StreamRunner:
 
     @torch.compiler.disable(reason="attn_hooks runs a second stream on the host")
     def after_forward(self, outer: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook of the whole model: the logits of both streams."""
+        """Forward hook of the whole model, also where that failed: the logits of both streams."""
         if self.in_flight.is_second or self.in_flight.given is None:
             return None
+        in_step, second = self._part(), None
+        if output is None:
+            return None
+        if in_step is not None:
+            output, second = in_step.outputs(output)
         given, self.in_flight.given = self.in_flight.given, None
         logits = output.logits if hasattr(output, "logits") else output[0]
         if is_captured(logits):
@@ -331,12 +383,12 @@ class StreamRunner:
             sequence = self.tracker.in_flight.current
             if sequence is not None and any(image.start >= self.in_flight.past for image in sequence.layout.images):
                 raise error("stream-later-image", method=self.edit.method, model=self.model.model_class)
-            if state is not None:
+            if state is not None and second is None:
                 state.waiting.append(given)
         self.in_flight.embeddings = None
         if state is None:
             return None
-        combined = self._combined(outer, state, logits)
+        combined = self._combined(outer, state, logits, second)
         if hasattr(output, "logits"):
             output.logits = combined
             return output
@@ -414,10 +466,11 @@ class StreamRunner:
             if hasattr(type(cache), name):
                 setattr(cache, name, _Refusing(name, method, model))
 
-    def _combined(self, outer: nn.Module, state: StreamState, logits: Tensor) -> Tensor:
+    def _combined(self, outer: nn.Module, state: StreamState, logits: Tensor, second: Tensor | None) -> Tensor:
+        """``second``: the second stream's logits where it was in the same forward."""
         main, cutoff = logits.float(), self.edit.cutoff
         record = self.recorder.records[self.place]
-        record.calls["decode" if state.waiting else "prefill"] += 1
+        record.calls["decode" if state.waiting or second is not None else "prefill"] += 1
         steps = logits.shape[1]
         if not state.waiting and not state.same_tokens:
             # Of a prompt, the text after the last image stands in both.
@@ -426,17 +479,21 @@ class StreamRunner:
         has_image = state.has_image.to(main.device)[:, None, None]
         considered = plausible | ~has_image
         record.steps += 1
-        if steps == 1 and bool((plausible[:, -1].sum(-1, keepdim=True) == 1).logical_or(~has_image[:, 0]).all()):
+        if second is None and steps == 1 and self._is_certain(plausible[:, -1], has_image[:, 0]):
             record.skipped += 1
             combined = main
         else:
-            second = self._advance(outer, state, steps).to(main)
+            second = (self._advance(outer, state, steps) if second is None else second).to(main)
             combined = main.clone()
             combined[:, -steps:] = torch.where(has_image, self.edit.combine(main[:, -steps:], second), main[:, -steps:])
         out = torch.finfo(logits.dtype).min if logits.dtype == torch.float16 else -math.inf
         result = combined.masked_fill(~considered, out)
         result[:, : result.shape[1] - steps] = main[:, : result.shape[1] - steps]
         return result.to(logits.dtype)
+
+    def _is_certain(self, plausible: Tensor, has_image: Tensor) -> bool:
+        """Whether in each row with an image one token alone is ``plausible`` ``(B, vocabulary)``."""
+        return bool((plausible.sum(-1, keepdim=True) == 1).logical_or(~has_image).all())
 
     def _advance(self, outer: nn.Module, state: StreamState, steps: int) -> Tensor:
         """Logits ``(B, steps, vocabulary)`` of the second stream, which takes all that waits."""

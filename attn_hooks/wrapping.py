@@ -146,11 +146,11 @@ class Wrapping:
             vars(model)[PIXELS_ATTRIBUTE] = PixelsToForward()
             vars(model)[EXPANSION_ATTRIBUTE] = PixelsOfPrompts(model, self.info, edit.method)
         runner_type = CandidateRunner if isinstance(edit, CandidateEdit) else StreamRunner
-        runner = runner_type(edit, place, self.info, tracker, self.recorder)
+        runner = runner_type(edit, place, self.info, tracker, self.recorder, alone=len(self.edits) == 1)
         self.hooked["second stream"] = [
             model.register_forward_pre_hook(runner.before_forward, with_kwargs=True),
             decoder.register_forward_pre_hook(runner.before_decoder, with_kwargs=True),
-            model.register_forward_hook(runner.after_forward),
+            model.register_forward_hook(runner.after_forward, always_call=True),
         ]
 
     def _tracker_of(self, model: nn.Module, module_name: str) -> SequenceTracker:

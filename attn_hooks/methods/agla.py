@@ -86,6 +86,9 @@ class AGLA(StreamEdit):
     ] = Field(
         default="attention", description="'attention': the model's own; a BlipRelevance: the published one, from Python"
     )
+    skip: bool = Field(
+        default=False, description="whether the second stream runs apart, and only in steps that need it"
+    )
     keep: float | None = Field(
         default=None, gt=0.0, le=1.0, description="share of pixels kept; None: 0.8, or by BLIP's cosine"
     )
@@ -117,6 +120,10 @@ class AGLA(StreamEdit):
     def check(self, model: ModelInfo) -> None:
         super().check(model)
         self._normalisation(model)
+
+    @property
+    def in_step(self) -> bool:
+        return not self.skip
 
     @property
     def cutoff(self) -> float:

@@ -48,6 +48,13 @@ class VCD(StreamEdit):
     beta: float = Field(default=0.1, ge=0.0, le=1.0, description="cutoff, as a share of the likeliest token; 0: none")
     step: int = Field(default=500, ge=0, lt=DIFFUSION_STEPS, description="step of the diffusion, out of 1000")
     seed: NonNegative = Field(default=0, description="of the noise")
+    skip: bool = Field(
+        default=False, description="whether the second stream runs apart, and only in steps that need it"
+    )
+
+    @property
+    def in_step(self) -> bool:
+        return not self.skip
 
     @property
     def cutoff(self) -> float:

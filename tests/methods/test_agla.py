@@ -152,7 +152,8 @@ def sharp_llava() -> Any:
 @pytest.mark.parametrize("sampled", [False, True])
 @torch.no_grad()
 def test_the_skip_changes_no_token(sampled: bool) -> None:
-    model, inputs, edit = sharp_llava(), last_prompt(three_prompts()), AGLA(keep=0.4, layers=LAYERS)
+    model, inputs = sharp_llava(), last_prompt(three_prompts())
+    edit = AGLA(keep=0.4, layers=LAYERS, skip=True)
     pixels = masked_by_hand(model, inputs, edit, [(4, 4)])
 
     def choose(logits: Tensor) -> Tensor:

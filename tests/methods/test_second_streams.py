@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import attn_hooks
 from attn_hooks import AGLA, DAMRO, PAI, VHR, streams
@@ -76,19 +76,25 @@ def noised(inputs: dict[str, Any], edit: VCD) -> dict[str, Any]:
     return changed
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.9])
+@pytest.mark.parametrize(("beta", "skip"), [(0.0, False), (0.9, False), (0.9, True)])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_vcd_is_two_independent_streams(family: str, beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vcd_is_two_independent_streams(family: str, beta: float, skip: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three prompts, padded: two images or more, none, one. A high cutoff skips many steps."""
     monkeypatch.setitem(globals(), "CURRENT", vlms.CASES[family])
-    model, inputs, edit = CURRENT.model(), CURRENT.inputs(), VCD(alpha=0.7, beta=beta, step=800)
+    model, inputs, edit = CURRENT.model(), CURRENT.inputs(), VCD(alpha=0.7, beta=beta, step=800, skip=skip)
     before = model(**inputs).logits
     expected, steps = literal_generation(
         model, inputs, noised(inputs, edit), lambda main, other: 1.7 * main - 0.7 * other, beta
     )
+    forwards: list[nn.Module] = []
+    counting = model.register_forward_pre_hook(lambda module, _: forwards.append(module))
     with attn_hooks.editing(model, edit):
         found = generated(model, inputs)
+    counting.remove()
+    if beta == 0:
+        # Two prompts, and from then on one forward for both streams.
+        assert len(forwards) == NEW + 1
     assert torch.equal(found.sequences[:, -NEW:], expected)
     for step, logits in zip(steps, found.logits, strict=True):
         # Of a token that is certain only that counts.
@@ -227,7 +233,7 @@ def test_the_skip_changes_no_token() -> None:
     model, inputs = vlms.CASES["llava"].model(), vlms.CASES["llava"].inputs()
     model.lm_head.weight *= 60
     one = {name: value[2:] for name, value in inputs.items()}
-    edit = VCD(alpha=2.0, beta=0.5)
+    edit = VCD(alpha=2.0, beta=0.5, skip=True)
     with attn_hooks.editing(model, edit):
         found = model.generate(**one, max_new_tokens=24, min_new_tokens=24, do_sample=False)
         (report,) = attn_hooks.report(model).edits
@@ -240,6 +246,28 @@ def test_the_skip_changes_no_token() -> None:
         step = literal_cutoff(main, 3 * main - 2 * other, 0.5)
         tokens = torch.cat([tokens, step.argmax(-1, keepdim=True)], 1)
     assert torch.equal(found[:, -24:], tokens)
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
+@torch.no_grad()
+def test_a_step_that_fails_leaves_the_cache_its_rows(failure: type[BaseException]) -> None:
+    model, inputs = vlms.CASES["llava"].model(), vlms.CASES["llava"].inputs()
+
+    def fail(_module: nn.Module, _args: Any) -> None:
+        raise failure
+
+    step = {"input_ids": torch.full((3, 1), 5), "position_ids": torch.full((3, 1), 9)}
+    with attn_hooks.editing(model, VCD(alpha=0.7, beta=0.0)):
+        cache = model(**inputs).past_key_values
+        model(**step, past_key_values=cache)
+        failing = model.get_submodule("model.language_model.layers.1").register_forward_pre_hook(fail)
+        with pytest.raises(failure):
+            model(**step, past_key_values=cache)
+        failing.remove()
+        expected = generated(model, inputs).sequences
+        assert all(len(layer.keys) == len(layer.values) == 3 for layer in cache.layers)
+    with attn_hooks.editing(model, VCD(alpha=0.7, beta=0.0)):
+        assert torch.equal(generated(model, inputs).sequences, expected)
 
 
 @torch.no_grad()
