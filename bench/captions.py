@@ -60,6 +60,8 @@ def settings(smoke: bool) -> dict[str, list[dict[str, Any]]]:
         "var + vhr": [var, {"method": "vhr"}],
         "vcd": [{"method": "vcd"}],
         "agla": [{"method": "agla"}],
+        "vcd with skip": [{"method": "vcd", "skip": True}],
+        "agla with skip": [{"method": "agla", "skip": True}],
         "damro": [{"method": "damro"}],
         "pai with guidance": [{"method": "pai"}],
     }
