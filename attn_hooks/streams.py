@@ -335,6 +335,8 @@ class StreamRunner:
         state.in_step.join()
         flight, self.in_flight.in_step = self.tracker.in_flight, state.in_step
         flight.beside, flight.without_edits = state.in_step.batch, True
+        # The unedited model's plans are of half as many rows.
+        _plans.refuse()
         return (), both
 
     def _part(self) -> InStep | None:
@@ -342,6 +344,7 @@ class StreamRunner:
         in_step, self.in_flight.in_step = self.in_flight.in_step, None
         if in_step is not None:
             self.tracker.in_flight.beside, self.tracker.in_flight.without_edits = 0, False
+            _plans.allow()
             in_step.part()
         return in_step
 

@@ -298,16 +298,12 @@ def _joined(rows: Sequence[Row]) -> Row:
     seconds = [row["seconds"] for row in rows]
     unedited = [sum(row["unedited_seconds"]) / 2 for row in rows]
     ratios = [rounded(edited / plain) for edited, plain in zip(seconds, unedited, strict=True)]
-    means: Row = {
-        "seconds": rounded(sum(seconds) / len(rows)),
-        "ratio": rounded(sum(ratios) / len(rows)),
-        "ratios": ratios,
-    }
+    medians: Row = {"seconds": rounded(median(seconds)), "ratio": rounded(median(ratios)), "ratios": ratios}
     if rows[0]["mode"] == "generate":
-        means["host_ratios"] = [rounded(row["host_seconds"] / row["unedited_host"]) for row in rows]
-        means["host_ratio"] = rounded(median(means["host_ratios"]))
+        medians["host_ratios"] = [rounded(row["host_seconds"] / row["unedited_host"]) for row in rows]
+        medians["host_ratio"] = rounded(median(medians["host_ratios"]))
     shown = {name: value for name, value in rows[-1].items() if name not in ("host_seconds", "unedited_host")}
-    return shown | means | {"unedited_seconds": [second for row in rows for second in row["unedited_seconds"]]}
+    return shown | medians | {"unedited_seconds": [second for row in rows for second in row["unedited_seconds"]]}
 
 
 def captions_table(rows: Sequence[Row]) -> str:

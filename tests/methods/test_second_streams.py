@@ -266,6 +266,7 @@ def test_a_step_that_fails_leaves_the_cache_its_rows(failure: type[BaseException
         failing.remove()
         expected = generated(model, inputs).sequences
         assert all(len(layer.keys) == len(layer.values) == 3 for layer in cache.layers)
+        assert streams._plans.refusing == 0
     with attn_hooks.editing(model, VCD(alpha=0.7, beta=0.0)):
         assert torch.equal(generated(model, inputs).sequences, expected)
 
