@@ -303,7 +303,8 @@ def _prepare(
     """The layer's primitives: made anew, or those of an earlier call where all edits say that these serve."""
     edits = [edit for _, edit in plan.edits]
     kept: dict[Any, Any] | None = None
-    place: tuple[object, ...] = (plan.key, plan.layer.index, sequence.calls[plan.layer.index])
+    # What serves steps that see every key need not serve one whose mask hides some.
+    place: tuple[object, ...] = (plan.key, plan.layer.index, sequence.calls[plan.layer.index], inputs.padded)
     if torch.is_grad_enabled() or any(_is_trained(edit) for edit in edits):
         # What an earlier call made may lack this one's graph, or be of earlier values.
         return _collect(plan, inputs, sequence, shared, heads, phase, False, call_type)

@@ -127,6 +127,22 @@ def test_a_cache_cropped_within_the_image_has_the_sum_of_what_is_left() -> None:
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
+def test_a_mask_that_hides_the_image_after_some_steps() -> None:
+    """The eager backend has a mask in every step, so that nothing is kept of the steps before; its softmax is in float32."""
+    ids, hidden, found = batch()[0][:1], [2, 3, 4, 8], []
+    for backend in ("sdpa", "eager"):
+        model = llama()
+        model.set_attn_implementation(backend)
+        cache, mask = DynamicCache(config=model.config), torch.ones_like(ids)
+        with attn_hooks.editing(model, SPIN(r=0.5, eps=0.1)):
+            model(ids[:, :PROMPT], past_key_values=cache)
+            for place in range(PROMPT, PROMPT + MORE):
+                mask[:, hidden] = place < PROMPT + 2
+                given = {"attention_mask": mask[:, : place + 1], "position_ids": torch.tensor([[place]])}
+                found.append(model(ids[:, [place]], past_key_values=cache, **given).logits)
+    torch.testing.assert_close(found[:MORE], found[MORE:], rtol=1e-6, atol=1e-6)
+
+
 def test_right_padding_moves_the_last_row() -> None:
     model = llama()
     ids, mask = (part[:, :PROMPT] for part in batch())
