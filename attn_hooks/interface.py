@@ -206,15 +206,15 @@ def _settled_for_next(plan: LayerPlan, inputs: AttentionInputs, sequence: Sequen
         return (
             f"the cache of layer {plan.layer.index} drops keys; give it fewer tokens than the window of {inputs.window}"
         )
-    if sequence.layout.length >= num_keys:
+    if sequence.length >= num_keys:
         return "the cache is full"
     token = TokenLayout(torch.full((batch, 1), TokenKind.TEXT, dtype=torch.uint8, device=device))
-    past = sequence.layout.length
+    past = sequence.length
     of_forward = sequence.of_forward.setdefault(("next",), {})
     # A copy of what the methods keep: a step that was not taken must leave no trace there.
     of_method = {place: dict(kept) for place, kept in sequence.of_method.items() if place[2] == plan.layer.index}
     layout = sequence.layout.extended(token, past)
-    coming = replace(sequence, layout=layout, past=past, new=1, of_forward=of_forward, of_method=of_method)
+    coming = replace(sequence, seen=layout, steps=[], past=past, new=1, of_forward=of_forward, of_method=of_method)
     if ("shared", num_keys, device) not in of_forward:
         of_forward["shared", num_keys, device] = share(layout, 1, num_keys, device)
     shared: SharedByLayers = of_forward["shared", num_keys, device]
@@ -460,9 +460,9 @@ def _read_call(
     if functional.scaled_dot_product_attention is not _sdpa_at_import:
         raise error("context-parallel", **about())
     sequence = plan.tracker.state_of_call(kwargs.get("position_ids"))
-    if sequence is None or sequence.layout.kinds.shape[0] != query.shape[0]:
+    if sequence is None or sequence.batch != query.shape[0]:
         raise refuse("query", "It was called outside the forward of its decoder, so its tokens are unknown.")
-    num_queries, num_keys, total = query.shape[2], key.shape[2], sequence.layout.length
+    num_queries, num_keys, total = query.shape[2], key.shape[2], sequence.length
     if num_queries > total or (attention_mask is None and num_keys < min(total, num_queries)):
         raise error("cross-attention", layer=plan.layer.index, detail=f"{num_keys} keys", **about())
     if num_keys > total and not sequence.preallocated:
@@ -535,4 +535,4 @@ def _with_position_bias(inputs: AttentionInputs, position_bias: Tensor) -> Atten
 def _phase(sequence: SequenceState) -> Phase:
     if sequence.past == 0:
         return "prefill"
-    return "decode" if sequence.layout.length - sequence.past == 1 else "chunk"
+    return "decode" if sequence.length - sequence.past == 1 else "chunk"

@@ -8,7 +8,6 @@ decode costs nothing.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -31,13 +30,12 @@ class Lockstep:
 
     @torch.compiler.disable(reason="attn_hooks adds companion rows to a prompt on the host")
     def before_forward(
-        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, _decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook of the decoder, before all others."""
         in_flight = self.tracker.in_flight
         in_flight.companions = 0
-        names = list(inspect.signature(decoder.forward).parameters)
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given = dict(zip(self.tracker.parameters, args, strict=False)) | kwargs
         cache = given.get("past_key_values")
         past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
         tokens = given.get("input_ids")

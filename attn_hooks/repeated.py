@@ -52,7 +52,7 @@ class RepeatedStep:
         kwargs: dict[str, Any],
     ) -> Tensor | None:
         """The output ``(B, 1, H, Dv)``; None where something is not as it was, and the call has to be read in full."""
-        length = sequence.layout.length
+        length = sequence.length
         if (
             torch.is_grad_enabled()
             or query.shape != self.shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections import Counter
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -88,15 +88,19 @@ class StaticStep:
 class SequenceState:
     """The memory of one batch of sequences, from its first forward on.
 
-    ``prompt_length`` is the padded length of the first forward, None if that ran unwrapped. ``preallocated`` caches are
-    longer than the tokens in them. ``calls`` counts each layer's calls in the current forward. What methods keep comes
-    from the prompt, which beams of one sample share, so reordering beams leaves it as it is. ``of_forward`` holds what the
-    layers of one forward share; ``of_decode`` what the decode steps after one another share, ``static_step`` what those
-    share that run without the host.
+    ``seen`` is the layout without the ``steps`` of one token that came since, ``(B, 1)`` each or None where tokens are
+    unknown: in decode hardly anybody asks for them. ``mask`` is the newest of these steps' attention masks. ``prompt_length``
+    is the padded length of the first forward, None if that ran unwrapped. ``preallocated`` caches are longer than the tokens
+    in them. ``calls`` counts each layer's calls in the current forward. What methods keep comes from the prompt, which beams
+    of one sample share, so reordering beams leaves it as it is. ``of_forward`` holds what the layers of one forward share;
+    ``of_decode`` what the decode steps after one another share, ``static_step`` what those share that run without the host.
     """
 
-    layout: TokenLayout
+    seen: TokenLayout
     prompt_length: int | None
+    bos_token_id: int | None = None
+    steps: list[Tensor | None] = field(default_factory=list)
+    mask: Any = None
     past: int = 0
     new: int = 0
     preallocated: bool = False
@@ -107,6 +111,38 @@ class SequenceState:
     static_step: StaticStep = field(default_factory=StaticStep)
     # By name of the decoder layer, of the one that runs; of all where a checkpoint may run them again without their hooks.
     entered: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def layout(self) -> TokenLayout:
+        """Of all tokens up to the newest."""
+        if self.steps:
+            steps, self.steps = self.steps, []
+            known = [tokens for tokens in steps if tokens is not None]
+            tokens = torch.cat(known, dim=1) if len(known) == len(steps) else None
+            kinds = self.seen.kinds
+            real = kinds.new_ones(kinds.shape[0], len(steps), dtype=torch.bool)
+            layout = self.seen.extended(TokenLayout.of_tokens(tokens, real, self.bos_token_id), self.seen.length)
+            valid = valid_tokens(self.mask, kinds.shape[0], layout.length, kinds.device)
+            self.seen = layout if valid is None else layout.padded_as(valid)
+        return self.seen
+
+    @layout.setter
+    def layout(self, layout: TokenLayout) -> None:
+        self.seen, self.steps = layout, []
+
+    @property
+    def batch(self) -> int:
+        return self.seen.kinds.shape[0]
+
+    @property
+    def length(self) -> int:
+        """How many tokens the layout has."""
+        return self.seen.length + len(self.steps)
+
+    def take_step(self, tokens: Tensor | None, mask: Any) -> None:
+        """The token after the newest one, ``(B, 1)``."""
+        self.steps.append(tokens)
+        self.mask = mask
 
     def keep_rows(self, rows: int) -> None:
         """The first ``rows`` sequences alone go on, of twice as many. ``of_forward`` stays until the next one: a second stream asks
@@ -305,7 +341,7 @@ class SequenceTracker:
         if sequence is not None and isinstance(hidden, Tensor):
             if not torch.is_grad_enabled():
                 sequence.entered.clear()
-            sequence.entered[name] = hidden.detach()
+            sequence.entered[name] = hidden.detach() if hidden.requires_grad else hidden
 
     @torch.compiler.disable(
         reason="attn_hooks follows a prompt on the host; only decode steps with a static cache compile in one graph"
@@ -326,33 +362,24 @@ class SequenceTracker:
         self._refuse_packed(given, past)
         mask = given.get("attention_mask")
         mask = mask[:batch] if self.in_flight.beside and isinstance(mask, Tensor) else mask
-        valid = _valid_tokens(mask, batch, past + length, new.device)
-        new_valid = torch.ones(batch, length, dtype=torch.bool, device=new.device)
-        # A generated token is no image, whatever its id.
-        images = () if past and length == 1 else self.model.images_in(tokens, self.in_flight.outer_given or given)
-        new_layout = TokenLayout.of_tokens(tokens, new_valid, self.model.bos_token_id, images)
         states: dict[str, SequenceState] = getattr(cache, STATES_ATTRIBUTE, {})
         known = states.get(self.key) if past else None
-        if known is None:
-            self.prompts += 1
-            before = states.get(self.key)
-            earlier = TokenLayout(torch.full((batch, past), TokenKind.TEXT, dtype=torch.uint8, device=new.device))
-            state = SequenceState(earlier.extended(new_layout, past), prompt_length=None if past else length)
-            if before is not None:
-                state.static_step = before.static_step
-            for key, other in states.items():
-                # Of edits that were in force on this cache before, and may be again.
-                if key != self.key and not past:
-                    other.static_step.end()
-        else:
+        if known is not None and known.batch != batch:
+            raise error("batch-changed", model=self.model.model_class, cached=known.batch, given=batch)
+        if known is not None and length == 1 and past == known.past + known.new == known.length:
             state = known
-            if state.layout.kinds.shape[0] != batch:
-                cached = state.layout.kinds.shape[0]
-                raise error("batch-changed", model=self.model.model_class, cached=cached, given=batch)
-            state.layout = state.layout.filled_to(past).extended(new_layout, past)
-        if valid is not None:
-            state.layout = state.layout.padded_as(valid)
-        if known is None or length != 1 or past != state.past + state.new:
+            state.take_step(tokens, mask)
+        else:
+            new_valid = torch.ones(batch, length, dtype=torch.bool, device=new.device)
+            # A generated token is no image, whatever its id.
+            images = () if past and length == 1 else self.model.images_in(tokens, self.in_flight.outer_given or given)
+            layout = TokenLayout.of_tokens(tokens, new_valid, self.model.bos_token_id, images)
+            state = self._begun(layout, past, states) if known is None else known
+            if known is not None:
+                state.layout = state.layout.filled_to(past).extended(layout, past)
+            valid = valid_tokens(mask, batch, past + length, new.device)
+            if valid is not None:
+                state.layout = state.layout.padded_as(valid)
             # Not the token after the last one: what was made for those steps may not fit.
             state.of_decode.clear()
             state.static_step.begin(batch, past + length, new.device)
@@ -365,6 +392,21 @@ class SequenceTracker:
         state.calls.clear()
         self.in_flight.current, self.in_flight.positions = state, None
         self._remember(cache)
+
+    def _begun(self, layout: TokenLayout, past: int, states: Mapping[str, SequenceState]) -> SequenceState:
+        """The state of sequences that were not followed so far, of which a cache holds ``past`` tokens already."""
+        self.prompts += 1
+        batch, length = layout.kinds.shape
+        kinds = torch.full((batch, past), TokenKind.TEXT, dtype=torch.uint8, device=layout.kinds.device)
+        earlier = TokenLayout(kinds).extended(layout, past)
+        state = SequenceState(earlier, None if past else length, self.model.bos_token_id)
+        if self.key in states:
+            state.static_step = states[self.key].static_step
+        for key, other in states.items():
+            # Of edits that were in force on this cache before, and may be again.
+            if key != self.key and not past:
+                other.static_step.end()
+        return state
 
     def _outer_tokens(self, batch: int, length: int) -> Tensor | None:
         """The tokens ``(B, N)`` that the whole model was given, if they are those of this forward."""
@@ -420,7 +462,7 @@ def _past_length(cache: Any) -> int:
     return int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
 
 
-def _valid_tokens(mask: Any, batch: int, length: int, device: torch.device) -> Tensor | None:
+def valid_tokens(mask: Any, batch: int, length: int, device: torch.device) -> Tensor | None:
     """``(B, length)`` bool from whatever mask the decoder was given; None if it says nothing of padding.
 
     generate() with a static cache hands over finished 4-D masks, one for each kind of layer; a token is real iff any

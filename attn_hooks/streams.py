@@ -11,7 +11,6 @@ turns and plain forward loops get the same logits.
 
 from __future__ import annotations
 
-import inspect
 import math
 import threading
 from abc import abstractmethod
@@ -308,8 +307,7 @@ class StreamRunner:
             return None
         # What interrupts a forward passes its hooks by.
         self._part()
-        names = list(inspect.signature(outer.forward).parameters)
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given = dict(zip(self.tracker.outer_parameters, args, strict=False)) | kwargs
         if given.get("labels") is not None:
             raise error("stream-training", method=self.edit.method, model=self.model.model_class)
         cache = given.get("past_key_values")
@@ -352,8 +350,7 @@ class StreamRunner:
         """Forward pre-hook of the decoder: a prompt's tokens and images, embedded."""
         if self.in_flight.is_second or self.in_flight.past:
             return
-        names = list(inspect.signature(decoder.forward).parameters)
-        embeddings = (dict(zip(names, args, strict=False)) | kwargs).get("inputs_embeds")
+        embeddings = (dict(zip(self.tracker.parameters, args, strict=False)) | kwargs).get("inputs_embeds")
         if embeddings is not None:
             self.in_flight.embeddings = embeddings[: len(embeddings) - self.tracker.in_flight.companions]
 
@@ -384,7 +381,8 @@ class StreamRunner:
             if state is None and self.tracker.key not in getattr(cache, STREAMS_ATTRIBUTE, {}):
                 raise error("stream-no-prompt", method=self.edit.method, model=self.model.model_class)
             sequence = self.tracker.in_flight.current
-            if sequence is not None and any(image.start >= self.in_flight.past for image in sequence.layout.images):
+            images = () if sequence is None or sequence.new == 1 else sequence.layout.images
+            if any(image.start >= self.in_flight.past for image in images):
                 raise error("stream-later-image", method=self.edit.method, model=self.model.model_class)
             if state is not None and second is None:
                 state.waiting.append(given)
@@ -537,7 +535,7 @@ class StreamRunner:
 
     def _run(self, outer: nn.Module, arguments: dict[str, Any], steps: int) -> Tensor:
         """Logits of the model without this hook, and without other edits if the method says so."""
-        if "logits_to_keep" in inspect.signature(outer.forward).parameters:
+        if "logits_to_keep" in self.tracker.outer_parameters:
             arguments["logits_to_keep"] = steps
         # The main stream's sequence is the one that whoever asks later means.
         current, flight = self.tracker.in_flight.current, self.tracker.in_flight
