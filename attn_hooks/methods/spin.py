@@ -73,8 +73,10 @@ class SPIN(Edit):
         """The sum of the image's logits is the logit of the sum of its keys, which stay from one step to the next."""
         if call.state.get(RANKED_AT) != call.layout.length - 1:
             image = image_keys(self, call) & call.inputs.key_valid
-            key = call.inputs.key.to(torch.promote_types(call.inputs.key.dtype, torch.float32))
-            summed = (image[:, None, None].to(key.dtype) @ key).squeeze(2)
+            key = call.inputs.key
+            # No matrix product, which autocast would take to 16 bits.
+            of_image = torch.where(image[:, None, :, None], key, 0.0)
+            summed = of_image.sum(2, dtype=torch.promote_types(key.dtype, torch.float32))
             call.state[RANKING] = Ranking(summed, self._kept(call), self.eps, where=image.any(1))
         call.state[RANKED_AT] = call.layout.length
         ranking: Ranking = call.state[RANKING]

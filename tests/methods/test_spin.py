@@ -12,6 +12,8 @@ from transformers import DynamicCache
 
 import attn_hooks
 from attn_hooks import SPIN, AttentionCall, AttnHooksError, EditError
+from attn_hooks.methods.spin import RANKING
+from attn_kernels import Ranking
 from tests.literal import Literal, literal_attention
 from tests.methods.test_shared import decode
 from tests.models import FAMILIES, IMAGE, left_padded, llama, prompts
@@ -141,6 +143,20 @@ def test_a_mask_that_hides_the_image_after_some_steps() -> None:
                 given = {"attention_mask": mask[:, : place + 1], "position_ids": torch.tensor([[place]])}
                 found.append(model(ids[:, [place]], past_key_values=cache, **given).logits)
     torch.testing.assert_close(found[:MORE], found[MORE:], rtol=1e-6, atol=1e-6)
+
+
+def test_autocast_leaves_the_sum_of_the_image_as_it_is() -> None:
+    """In 16 bits it would be rounded, and could overflow."""
+    rankings: list[Ranking] = []
+    for enabled in (False, True):
+        model, cache = llama(torch.float32, num_hidden_layers=1), DynamicCache()
+        with attn_hooks.editing(model, SPIN(r=0.5)):
+            model(batch()[0][:1, :PROMPT], past_key_values=cache)
+            with torch.autocast("cpu", torch.bfloat16, enabled):
+                model(torch.tensor([[5]]), past_key_values=cache)
+        states = [state for sequence in cache.attn_hooks_states.values() for state in sequence.of_method.values()]
+        rankings.extend(state[RANKING] for state in states)
+    torch.testing.assert_close(rankings[1].along, rankings[0].along)
 
 
 def test_right_padding_moves_the_last_row() -> None:
