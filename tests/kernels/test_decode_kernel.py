@@ -430,7 +430,10 @@ STEPS: dict[str, list[Primitive]] = {
     "ranking": [HeadAffine(gain=Ranking(torch.linspace(-1, 1, 2 * 2 * 16).reshape(2, 2, 16), 3, 0.1))],
     "ranking of one": [
         HeadAffine(gain=torch.linspace(0.5, 2, 4)),
-        HeadAffine(gain=Ranking(torch.ones(2, 2, 16), 1, 0.25, where=torch.tensor([True, False]))),
+        # A column, whose rows do not lie side by side.
+        HeadAffine(
+            gain=Ranking(torch.ones(2, 2, 16), 1, 0.25, where=torch.tensor([[True, True], [False, True]])[:, 0])
+        ),
     ],
     "all": [
         LogitMap(group(30, slice(2, 9)), bias=0.5),

@@ -58,7 +58,7 @@ class RankedGain:
 
     def __init__(self, ranking: Ranking, factor: Tensor, width: int) -> None:
         self.factor, self.along = factor, ranking.along.contiguous()
-        self.where = None if ranking.where is None else ranking.where.view(torch.uint8)
+        self.where = None if ranking.where is None else ranking.where.contiguous().view(torch.uint8)
         self.addresses = [None if part is None else part.data_ptr() for part in (self.along, self.where, factor)]
         self.compiled: Compiled | None = None
         batch, num_heads = factor.shape
