@@ -40,6 +40,10 @@ class RepeatedStep:
     decisive: dict[str, Any]
     acting: tuple[int, ...]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In a copied cache it is None: kernels cannot be copied, nor may addresses, whose tensors stay with the first cache."""
+        return type(None), ()
+
     def run(
         self,
         sequence: SequenceState,

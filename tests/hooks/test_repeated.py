@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,10 +17,13 @@ import attn_hooks
 from attn_hooks import ACT, Edit, SinkScale, engine
 from attn_hooks.repeated import RepeatedStep
 from attn_kernels.edited_attention import dispatch
+from attn_kernels.edited_attention.lowering import LoweredEdits
 from tests.hooks.test_compiled_decode import EDITS, PASTA_EDIT, kernel_edits
 from tests.kernels.triton_device import DEVICE
 from tests.models import gpt_oss, left_padded, llama
 
+# The package's name for it is the function of the same name.
+decode = importlib.import_module("attn_kernels.edited_attention.decode")
 LAYERS = 4
 NAMES = [name for name in EDITS if name not in ("none", "streaming")]
 LENGTHS = (9, 6, 3)
@@ -100,6 +106,30 @@ def test_generate_with_beams(edits: tuple[Edit, ...], repeated: list[bool], monk
     assert repeated and all(repeated)
     monkeypatch.undo()
     assert torch.equal(found, model.generate(ids, attention_mask=mask, **given))
+
+
+@pytest.mark.parametrize("name", ["act", "gated_regroup", "spin"])
+def test_a_copied_cache(name: str, repeated: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its steps are prepared anew. A lock stands for a compiled kernel, which cannot be copied; the interpreter has none."""
+    model, cache = attn_hooks.wrap(model_of(), *kernel_edits(name)), DynamicCache()
+    known = decode._edits
+
+    def with_kernel(lowered: LoweredEdits) -> Any:
+        edits = known(lowered)
+        edits.compiled["kernel"] = threading.Lock()
+        return edits
+
+    monkeypatch.setattr(decode, "_edits", with_kernel)
+    with torch.no_grad():
+        model(left_padded(LENGTHS[:1], image=True)[0], past_key_values=cache)
+        for token in (5, 6):
+            model(torch.tensor([[token]]), past_key_values=cache)
+        caches = [cache, copy.deepcopy(cache)]
+        found = [
+            [model(torch.tensor([[token]]), past_key_values=each).logits for token in (7, 8, 9)] for each in caches
+        ]
+    assert all(repeated)
+    torch.testing.assert_close(*found)
 
 
 class TestStepsReadInFull:

@@ -1235,6 +1235,10 @@ class _Edits:
     # Of all edits that Triton compiles alike.
     compiled: dict[tuple[object, ...], _Compiled]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies are None, and made anew: compiled kernels cannot be copied."""
+        return type(None), ()
+
 
 def _edits(lowered: LoweredEdits) -> _Edits:
     """Made once for each ``lowered``: its constants cost more than the rest of a call on the host."""
