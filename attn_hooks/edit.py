@@ -76,7 +76,7 @@ class Edit(BaseModel):
     ``crosses_layers`` (one layer's answer depends on another's, which pipelines split), ``fixed_in_decode`` (the primitives
     of a decode step serve all later ones, from where ``is_settled`` on), ``same_in_layers``
     (layers whose heads it does not tell apart get the same primitives), ``constant`` (the primitives depend on the layer
-    alone), ``by_pattern`` (answers with a ``Sparsity``, for which there is no kernel).
+    alone), ``by_pattern`` (answers with a ``Sparsity``, whose kernel takes no other edit of the weights).
     """
 
     model_config = ConfigDict(

@@ -135,7 +135,8 @@ def _explain_layer(layer: LayerInfo, edits: tuple[Edit, ...], info: ModelInfo) -
     if refusal:
         what = f"{what}; no kernel for {refusal}"
     if by_kernels:
-        path = "by call: vendor + epilogue, edited flash or decode"
+        by_pattern = any(edit.by_pattern for edit in here)
+        path = "by call: sparse flash" if by_pattern else "by call: vendor + epilogue, edited flash or decode"
     elif every_head or len(heads) == layer.num_heads:
         path = "PyTorch, blocks of rows"
     else:
@@ -151,10 +152,11 @@ def _on_gpu(layer: LayerInfo) -> bool:
 
 def _kernels_refusal(layer: LayerInfo, edits: list[Edit]) -> str | None:
     """What keeps every call of a layer on a GPU from the kernels, as far as that is known before a call."""
-    patterned = " + ".join(edit.method for edit in edits if edit.by_pattern)
+    patterned = any(edit.by_pattern for edit in edits)
+    of_weights = [edit.method for edit in edits if edit.writes not in ("output", "next-token")]
     reasons = {
         "any edit without Triton": not has_triton(),
-        f"the Sparsity of {patterned}": bool(patterned),
+        f"the Sparsity of {' + '.join(of_weights)}": patterned and len(of_weights) > 1,
         "more than one Regroup": sum(edit.writes == "weights" for edit in edits) > 1,
         "float64": any(parameter.dtype == torch.float64 for parameter in layer.module.parameters()),
     }
@@ -168,7 +170,7 @@ def paths_of_machine() -> tuple[list[str], str]:
     device = torch.cuda.get_device_name()
     if not has_triton():
         return ["backend + affine", "pytorch"], f"{device}, no Triton"
-    kernels = ["decode", "backend + affine", "vendor + epilogue", "vendor + last rows", "edited flash"]
+    kernels = ["decode", "backend + affine", "vendor + epilogue", "vendor + last rows", "edited flash", "sparse flash"]
     return [*kernels, "pytorch"], device
 
 

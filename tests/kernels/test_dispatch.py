@@ -21,6 +21,7 @@ from attn_kernels import (
     HeadAffine,
     LogitMap,
     Order,
+    PowerOfTwoBlocks,
     Primitive,
     Regroup,
     SinkAndWindow,
@@ -143,6 +144,14 @@ def small(**fields: object) -> AttentionInputs:
     return replace(plain_call(0, 40, 2, 1, 1.0), **fields)
 
 
+class Diagonal:
+    def visible(self, query_position: Tensor, key_position: Tensor) -> Tensor:
+        return query_position == key_position
+
+    def __repr__(self) -> str:
+        return "Diagonal"
+
+
 SOME_KEYS = (torch.arange(40) < 3)[None, None]
 MAP = LogitMap(SOME_KEYS, bias=1.0)
 
@@ -158,7 +167,19 @@ MAP = LogitMap(SOME_KEYS, bias=1.0)
         (small(padded=True), [MAP], "edited flash", "padding"),
         (small(sink_logits=torch.zeros(1, 2, 1)), [MAP], "edited flash", "sink logits"),
         (small(), [Order(torch.arange(40)[None], torch.arange(40)[None])], "edited flash", "order by value"),
-        (small(), [Sparsity(SinkAndWindow(1, 4))], "pytorch", "Sparsity"),
+        (small(), [Sparsity(SinkAndWindow(1, 4))], "sparse flash", "window=4"),
+        (small(), [Sparsity(PowerOfTwoBlocks(4, 1, 1), heads=torch.tensor([True, False]))], "sparse flash", "block=4"),
+        (small(), [Sparsity(SinkAndWindow(1, 4)), HeadAffine(gain=torch.tensor([1.0, 2.0]))], "sparse flash", "visits"),
+        (small(), [Sparsity(SinkAndWindow(1, 4)), Sparsity(SinkAndWindow(0, 2))], "pytorch", "more than one Sparsity"),
+        (small(), [Sparsity(SinkAndWindow(1, 4)), MAP], "pytorch", "beside other edits"),
+        (small(), [Sparsity(Diagonal())], "pytorch", "the pattern Diagonal"),
+        (small(causal=False), [Sparsity(SinkAndWindow(1, 4))], "pytorch", "not causal"),
+        (
+            small(mask=(torch.arange(40) != 3).expand(1, 1, 40, 40)),
+            [Sparsity(SinkAndWindow(1, 4))],
+            "pytorch",
+            "mask of its own",
+        ),
         (small(), [Regroup(SOME_KEYS, 0.5), Regroup(SOME_KEYS, 0.2)], "pytorch", "more than one Regroup"),
     ],
 )

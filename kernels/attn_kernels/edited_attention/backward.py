@@ -774,6 +774,7 @@ def backward_refusal(inputs: AttentionInputs, lowered: LoweredEdits) -> str | No
     reasons = {
         "gradients under a mask": inputs.mask is not None or inputs.bias is not None,
         "gradients under a Ranking of heads": lowered.ranking is not None,
+        "gradients under a Sparsity": lowered.sparsity is not None,
         "gradients under an Order": lowered.num_pairs > 0 or lowered.order_values is not None,
     }
     return next((why for why, holds in reasons.items() if holds), None)

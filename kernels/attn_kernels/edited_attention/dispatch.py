@@ -23,7 +23,8 @@ from attn_kernels.edited_attention.head_affine import head_affine_
 from attn_kernels.edited_attention.launch import padded_size
 from attn_kernels.edited_attention.lowering import LoweredEdits, NotLowered, lower
 from attn_kernels.inputs import AttentionInputs
-from attn_kernels.primitives import HeadAffine, Primitive, Tap
+from attn_kernels.primitives import HeadAffine, Primitive, Sparsity, Tap
+from attn_kernels.sparse_attention.sparsity import lower_sparsity, sparse_attention, sparse_refusal
 
 PathName = Literal[
     "vendor",
@@ -34,6 +35,7 @@ PathName = Literal[
     "edited flash",
     "edited flash with gradients",
     "decode",
+    "sparse flash",
     "pytorch",
 ]
 
@@ -91,6 +93,11 @@ def vendor_refusal(inputs: AttentionInputs) -> str | None:
 
 def choose(inputs: AttentionInputs, lowered: LoweredEdits) -> Path:
     """The path of a call on a GPU whose edits could be lowered."""
+    if lowered.sparsity is not None:
+        refusal = sparse_refusal(inputs)
+        if refusal is not None:
+            return Path("pytorch", f"a Sparsity under {refusal}")
+        return Path("sparse flash", f"visits by {lowered.sparsity.pattern}")
     group = inputs.num_heads // inputs.key.shape[1]
     if inputs.num_queries <= DECODE_QUERIES and inputs.num_queries * group <= LAST_ROWS:
         return Path("decode", "few queries")
@@ -145,6 +152,8 @@ def run(
         return differentiable_edited_attention(inputs, lowered), path
     if path.name == "decode":
         return edited_decode(inputs, lowered), path
+    if path.name == "sparse flash":
+        return sparse_attention(inputs, lowered, _dense), path
     heads = lowered.heads
     if path.name == "edited flash" and (heads is None or vendor_refusal(inputs) is not None):
         return edited_flash(inputs, lowered)[0], path
@@ -164,6 +173,11 @@ def run(
     else:
         edited_flash(inputs, lowered, heads, output)
     return output, path
+
+
+def _dense(inputs: AttentionInputs) -> Tensor:
+    """The call without edits."""
+    return (vendor_attention if vendor_refusal(inputs) is None else plain_attention_of)(inputs)[0]
 
 
 def _epilogue(
@@ -319,11 +333,13 @@ def plan(
     # What was lowered in an earlier step has that step's graph.
     if lowered is None or trains:
         try:
-            lowered = lower(inputs, edits)
+            is_sparse = any(isinstance(edit, Sparsity) for edit in edits)
+            lowered = lower_sparsity(inputs, edits) if is_sparse else lower(inputs, edits)
         except NotLowered as reason:
             return None, Path("pytorch", str(reason))
     if not trains:
-        return lowered, choose(inputs, lowered)
+        path = choose(inputs, lowered)
+        return (None if path.name == "pytorch" else lowered), path
     refusal = backward_refusal(inputs, lowered)
     if refusal is not None:
         return None, Path("pytorch", refusal)

@@ -60,10 +60,12 @@ class LoweredEdits:
     affine_row: int
     heads: Tensor | None  # (h,) int32: the heads that some edit selects; None: all
     unscoped: LoweredEdits | None  # the edits without a row scope alone, where others have one
+    sparsity: Sparsity | None = None  # for the sparse kernel, which takes no other edit of the weights
 
     @property
     def edits_weights(self) -> bool:
-        return bool(self.num_maps or self.num_pairs or self.order_values is not None or self.regroup is not None)
+        edits_keys = self.num_maps or self.num_pairs or self.order_values is not None or self.regroup is not None
+        return bool(edits_keys) or self.sparsity is not None
 
     @property
     def edits_logits(self) -> bool:
@@ -386,7 +388,7 @@ def lower(inputs: AttentionInputs, edits: Sequence[Primitive]) -> LoweredEdits:
         offset=offset,
         ranking=ranking,
         affine_row=affine_row,
-        heads=_selected_heads(edits),
+        heads=selected_heads(edits),
         unscoped=lower(inputs, everywhere) if 0 < len(everywhere) < len(edits) else None,
     )
 
@@ -498,7 +500,7 @@ def _places(chosen: Tensor) -> Tensor:
     return places[:, : int(counts.max())].to(torch.int32).contiguous()
 
 
-def _selected_heads(edits: Sequence[Primitive]) -> Tensor | None:
+def selected_heads(edits: Sequence[Primitive]) -> Tensor | None:
     """Indices of the heads that some edit selects; None for all. Waits for the device if nobody knows the selection here."""
     selections = []
     for edit in edits:

@@ -1,0 +1,1 @@
+"""Attention of which each tile of queries visits some keys alone."""

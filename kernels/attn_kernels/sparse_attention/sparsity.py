@@ -1,0 +1,90 @@
+"""A Sparsity of a call for the sparse kernel, and which calls that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from attn_kernels.edited_attention.head_affine import head_affine_
+from attn_kernels.edited_attention.lowering import LoweredEdits, NotLowered, indices_of_heads, lower, selected_heads
+from attn_kernels.inputs import AttentionInputs
+from attn_kernels.primitives import HeadAffine, Primitive, Sparsity
+from attn_kernels.sparse_attention.sparse_flash import has_kernel, sparse_flash
+
+ROWS_COMPARED_AT_ONCE = 1024
+
+
+def lower_sparsity(inputs: AttentionInputs, edits: Sequence[Primitive]) -> LoweredEdits:
+    """The edits of a call with one Sparsity at least. Raises ``NotLowered`` for what only the PyTorch path can do."""
+    patterns = [edit for edit in edits if isinstance(edit, Sparsity)]
+    affine = [edit for edit in edits if isinstance(edit, HeadAffine)]
+    if len(patterns) > 1:
+        raise NotLowered("more than one Sparsity")
+    if len(affine) + 1 < len(edits):
+        raise NotLowered("a Sparsity beside other edits of the weights")
+    if not has_kernel(patterns[0].pattern):
+        raise NotLowered(f"the pattern {patterns[0].pattern}")
+    return replace(lower(inputs, affine), sparsity=patterns[0], heads=selected_heads(edits), unscoped=None)
+
+
+def sparse_refusal(inputs: AttentionInputs) -> str | None:
+    """Why the sparse kernel cannot compute this call; None if it can. Waits for the device once for a mask."""
+    if not inputs.causal:
+        return "attention that is not causal"
+    if inputs.padded and not bool(_padding(inputs)[1]):
+        return "padding that is not on the left alone"
+    given = inputs.mask if inputs.mask is not None else inputs.bias
+    if given is None:
+        return None
+    if given not in _is_plain:
+        _is_plain[given] = all(
+            bool(_says_nothing_else(inputs, slice(first, first + ROWS_COMPARED_AT_ONCE)))
+            for first in range(0, inputs.num_queries, ROWS_COMPARED_AT_ONCE)
+        )
+    return None if _is_plain[given] else "a mask of its own"
+
+
+def sparse_attention(
+    inputs: AttentionInputs, lowered: LoweredEdits, dense: Callable[[AttentionInputs], Tensor]
+) -> Tensor:
+    """Output ``(B, H, N, Dv)``: sparse in the heads of the Sparsity, by ``dense`` in the others, then the HeadAffine."""
+    sparsity = lowered.sparsity
+    assert sparsity is not None
+    heads = None if sparsity.heads is None else indices_of_heads(sparsity.heads)
+    output = None if heads is None or len(heads) == inputs.num_heads else dense(inputs)
+    if heads is None or len(heads):
+        first_keys = _padding(inputs)[0] if inputs.padded else None
+        output, _ = sparse_flash(inputs, sparsity.pattern, heads, output, first_keys)
+    assert output is not None
+    if lowered.gain is not None:
+        head_affine_(output, lowered, lowered.heads)
+    return output
+
+
+def _padding(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """Each sample's first real key ``(B,)`` int32, and whether all keys up to the last query's are real from there on ``()``."""
+    if inputs.key_valid not in _paddings:
+        valid = inputs.key_valid[:, : inputs.query_offset + inputs.num_queries].expand(inputs.query.shape[0], -1)
+        place = torch.arange(valid.shape[1], device=valid.device)
+        first = torch.where(valid, place, valid.shape[1]).amin(1)
+        _paddings[inputs.key_valid] = first.to(torch.int32), (valid == (place >= first[:, None])).all()
+    return _paddings[inputs.key_valid]
+
+
+def _says_nothing_else(inputs: AttentionInputs, rows: slice) -> Tensor:
+    """Whether the mask or bias of real rows says what causality, padding and the window say, ``()`` bool."""
+    expected = inputs.key_valid[:, None, None, :] & inputs.reachable(rows)
+    if inputs.mask is not None:
+        same = inputs.mask[:, :, rows] == expected
+    else:
+        assert inputs.bias is not None
+        same = (inputs.visible(rows) == expected) & ((inputs.bias[:, :, rows] == 0) | ~expected)
+    return (same | ~inputs.query_valid[:, None, rows, None]).all()
+
+
+_paddings: MutableMapping[Tensor, tuple[Tensor, Tensor]] = WeakTensorKeyDictionary()
+_is_plain: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()

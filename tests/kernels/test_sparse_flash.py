@@ -1,0 +1,216 @@
+"""The sparse flash kernel against dense attention with its visits as a mask: in the interpreter on a CPU, compiled on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from attn_kernels import AttentionInputs, PowerOfTwoBlocks, SinkAndWindow
+from attn_kernels.patterns import Pattern
+from attn_kernels.sparse_attention.sparse_flash import sparse_flash
+from attn_kernels.sparse_attention.visits import Lists, Visits, lists_of
+from tests.kernels.triton_device import DEVICE, on_device
+
+# Tiles so small that a toy call has several of them.
+SMALL = (16, 16, 4, 1)
+
+
+@st.composite
+def padded_calls(draw: st.DrawFn) -> tuple[AttentionInputs, Tensor | None]:
+    """A causal call, and each sample's first real key: GQA, more keys than queries, a window, a softcap, sink logits."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    batch = draw(st.integers(1, 2))
+    heads, kv_heads = draw(st.sampled_from([(2, 1), (3, 3), (4, 2)]))
+    num_queries = draw(st.sampled_from([1, 2, 17, 33, 50]))
+    num_keys = num_queries + draw(st.sampled_from([0, 0, 1, 20, 41]))
+    head_dim, value_dim = draw(st.sampled_from([(8, 8), (5, 3), (24, 16)]))
+    left = torch.tensor([draw(st.integers(0, num_keys - 1)) for _ in range(batch)]) * draw(st.integers(0, 1))
+    index = torch.arange(num_keys)
+    sinks = torch.randn(batch, heads, num_queries, generator=generator)
+    inputs = AttentionInputs(
+        query=torch.randn(batch, heads, num_queries, head_dim, generator=generator)
+        * draw(st.sampled_from([0.3, 1, 20])),
+        key=torch.randn(batch, kv_heads, num_keys, head_dim, generator=generator),
+        value=torch.randn(batch, kv_heads, num_keys, value_dim, generator=generator),
+        scaling=head_dim**-0.5,
+        query_index=index[num_keys - num_queries :],
+        key_index=index,
+        query_position=index[num_keys - num_queries :] - left[:, None],
+        key_position=index - left[:, None],
+        key_valid=index >= left[:, None],
+        window=draw(st.sampled_from([None, None, 1, 7, 30])),
+        softcap=draw(st.sampled_from([None, None, 5.0])),
+        sink_logits=draw(st.sampled_from([None, sinks, sinks[:1, :, :1]])),
+        first_query=num_keys - num_queries,
+    )
+    return on_device((inputs, left.to(torch.int32) if left.any() else None))
+
+
+def expected(inputs: AttentionInputs, visited: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp in float64 of the keys where ``visited`` ``(B, H, N, M)`` holds; 0 where there are none."""
+    inputs = on_device(inputs, "cpu")
+    group = inputs.num_heads // inputs.key.shape[1]
+    key, value = (part.double().repeat_interleave(group, 1) for part in (inputs.key, inputs.value))
+    logits = inputs.query.double() @ key.transpose(-1, -2) * inputs.scaling
+    if inputs.softcap is not None:
+        logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
+    logits = logits.masked_fill(~visited.cpu(), -torch.inf)
+    if inputs.sink_logits is not None:
+        sinks = inputs.sink_logits.double().expand(logits.shape[:3])
+        logits = torch.cat([logits, sinks[..., None]], -1)
+    log_sum_exp = logits.logsumexp(-1)
+    weights = (logits - log_sum_exp.nan_to_num(neginf=0.0)[..., None]).exp()
+    return weights[..., : key.shape[2]] @ value, log_sum_exp
+
+
+def patterned(inputs: AttentionInputs, pattern: Pattern) -> Tensor:
+    shown = pattern.visible(inputs.query_position[:, None, :, None], inputs.key_position[:, None, None, :])
+    visible = inputs.visible(slice(0, inputs.num_queries)) & shown
+    return visible.expand(inputs.query.shape[0], inputs.num_heads, -1, -1)
+
+
+def compare(found: tuple[Tensor, Tensor | None], wanted: tuple[Tensor, Tensor]) -> None:
+    output, log_sum_exp = found
+    assert log_sum_exp is not None
+    torch.testing.assert_close(output.double().cpu(), wanted[0], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(log_sum_exp.double().cpu(), wanted[1], rtol=2e-3, atol=2e-3)
+
+
+PATTERNS = st.one_of(
+    st.builds(SinkAndWindow, st.integers(0, 40), st.integers(1, 40)),
+    st.builds(PowerOfTwoBlocks, st.sampled_from([1, 3, 4, 16, 32]), st.integers(1, 4), st.integers(0, 3)),
+)
+
+
+@given(padded_calls(), PATTERNS)
+@settings(max_examples=80, deadline=None)
+def test_static_patterns_equal_their_mask(case: tuple[AttentionInputs, Tensor | None], pattern: Pattern) -> None:
+    inputs, first_keys = case
+    found = sparse_flash(inputs, pattern, first_keys=first_keys, with_log_sum_exp=True, config=SMALL)
+    compare(found, expected(inputs, patterned(inputs, pattern)))
+
+
+def random_visits(inputs: AttentionInputs, first_keys: Tensor | None, list_heads: int, seed: int) -> Visits:
+    """Some key tiles, whole where every query sees them, and some single keys of the other tiles."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, size = inputs.query.shape[0], SMALL[0]
+    tiles, key_tiles = -(-inputs.num_queries // size), -(-inputs.num_keys // size)
+    shape = (batch, list_heads, tiles, key_tiles)
+    chosen = torch.rand(shape, generator=generator) < 0.4
+    seen = torch.nn.functional.pad(
+        inputs.visible(slice(0, inputs.num_queries)).cpu().expand(batch, 1, -1, -1),
+        (0, key_tiles * size - inputs.num_keys),
+    )
+    rows = torch.nn.functional.pad(seen, (0, 0, 0, tiles * size - inputs.num_queries), value=True)
+    by_all = rows.unflatten(3, (key_tiles, size)).unflatten(2, (tiles, size)).all(-1).all(3)
+    columns = (torch.rand(*shape[:3], inputs.num_keys, generator=generator) < 0.2) & ~chosen.repeat_interleave(size, 3)[
+        ..., : inputs.num_keys
+    ]
+    return on_device(Visits(size, size, lists_of(chosen & by_all), lists_of(chosen & ~by_all), lists_of(columns)))
+
+
+@given(padded_calls(), st.sampled_from(["all", "kv", "query"]), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_lists_equal_their_mask(case: tuple[AttentionInputs, Tensor | None], heads: str, seed: int) -> None:
+    inputs, first_keys = case
+    list_heads = {"all": 1, "kv": inputs.key.shape[1], "query": inputs.num_heads}[heads]
+    visits = random_visits(inputs, first_keys, list_heads, seed)
+    assert visits.counted(inputs).max() <= 1
+    found = sparse_flash(inputs, visits, first_keys=first_keys, with_log_sum_exp=True, config=SMALL)
+    compare(found, expected(inputs, visits.visited(inputs)))
+
+
+def plain_call(num_queries: int, num_keys: int, head_dim: int, dtype: torch.dtype = torch.float32) -> AttentionInputs:
+    generator = torch.Generator().manual_seed(7)
+    index = torch.arange(num_keys)
+    return on_device(
+        AttentionInputs(
+            *(
+                torch.randn(1, heads, size, head_dim, generator=generator).to(dtype)
+                for heads, size in ((4, num_queries), (2, num_keys), (2, num_keys))
+            ),
+            scaling=head_dim**-0.5,
+            query_index=index[num_keys - num_queries :],
+            key_index=index,
+            query_position=index[None, num_keys - num_queries :],
+            key_position=index[None],
+            key_valid=torch.ones(1, num_keys, dtype=torch.bool),
+            first_query=num_keys - num_queries,
+            padded=False,
+        )
+    )
+
+
+@pytest.mark.parametrize("pattern", [SinkAndWindow(4, 40), PowerOfTwoBlocks(16, 2, 1)], ids=str)
+def test_a_prompt_in_chunks_is_the_prompt(pattern: Pattern) -> None:
+    whole = plain_call(130, 130, 16)
+    output, _ = sparse_flash(whole, pattern, config=SMALL)
+    for first, stop in ((0, 47), (47, 48), (48, 130)):
+        fields = {name: getattr(whole, name) for name in whole.__dataclass_fields__}
+        fields |= {
+            "query": whole.query[:, :, first:stop],
+            "key": whole.key[:, :, :stop],
+            "value": whole.value[:, :, :stop],
+            "query_index": whole.query_index[first:stop],
+            "key_index": whole.key_index[:stop],
+            "query_position": whole.query_position[:, first:stop],
+            "key_position": whole.key_position[:, :stop],
+            "key_valid": whole.key_valid[:, :stop],
+            "first_query": first,
+        }
+        chunk, _ = sparse_flash(AttentionInputs(**fields), pattern, config=SMALL)
+        torch.testing.assert_close(chunk, output[:, :, first:stop], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", [SinkAndWindow(4, 40), PowerOfTwoBlocks(16, 2, 1)], ids=str)
+def test_no_row_reads_what_it_does_not_visit(pattern: Pattern) -> None:
+    """Keys and values that no row visits, or that lie in the future of a row, may be anything."""
+    inputs = plain_call(97, 97, 16)
+    before, _ = sparse_flash(inputs, pattern, config=SMALL)
+    row = 60
+    hidden = ~patterned(inputs, pattern)[0, 0, row]
+    inputs.key[:, :, hidden] = 1e4
+    inputs.value[:, :, hidden] = 1e4
+    after, _ = sparse_flash(inputs, pattern, config=SMALL)
+    assert torch.equal(after[:, :, row], before[:, :, row])
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_head_sizes_and_dtypes(head_dim: int, dtype: torch.dtype) -> None:
+    inputs, pattern = plain_call(200, 200, head_dim, dtype), SinkAndWindow(4, 70)
+    output, _ = sparse_flash(inputs, pattern)
+    wanted, _ = expected(inputs, patterned(inputs, pattern))
+    torch.testing.assert_close(output.double().cpu(), wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_some_heads_leave_the_others_output() -> None:
+    inputs = plain_call(40, 40, 16)
+    output = torch.full((1, 4, 40, 16), 3.0, device=DEVICE)
+    heads = torch.tensor([1, 3], dtype=torch.int32, device=DEVICE)
+    sparse_flash(inputs, SinkAndWindow(1, 8), heads=heads, output=output, config=SMALL)
+    every, _ = sparse_flash(inputs, SinkAndWindow(1, 8), config=SMALL)
+    assert torch.equal(output[:, [1, 3]], every[:, [1, 3]])
+    assert (output[:, [0, 2]] == 3.0).all()
+
+
+def test_lists_that_overlap_are_told() -> None:
+    """What the oracle counts: a tile and a column of it are the same key twice."""
+    inputs = plain_call(16, 16, 8)
+    tile = Lists(torch.tensor([[[0, 1]]], dtype=torch.int32), torch.tensor([0], dtype=torch.int32))
+    column = Lists(torch.tensor([[[0, 1]]], dtype=torch.int32), torch.tensor([3], dtype=torch.int32))
+    counted = Visits(16, 16, part=tile, columns=column).counted(inputs)
+    assert counted[..., 3].eq(2).all()
+    assert counted.sum() == 4 * 16 * 17
+
+
+def test_a_pattern_that_no_kernel_knows_is_refused() -> None:
+    class Mine:
+        def visible(self, query_position: Tensor, key_position: Tensor) -> Tensor:
+            return query_position >= key_position
+
+    with pytest.raises(TypeError, match="no kernel knows the pattern"):
+        sparse_flash(plain_call(16, 16, 8), Mine())
