@@ -65,6 +65,7 @@ STUDIES = (
     Study("vcd", {"alpha": (0.25, 0.5, 1.0, 2.0), "step": (300, 500, 700)}),
     Study("damro", {"alpha": (0.25, 0.5, 1.5), "tokens": (5, 10, 20)}),
     Study("agla", {"alpha": (0.5, 1.0, 2.0), "keep": (0.5, 0.8, 0.95)}, base=BLACK),
+    Study("opera", {"alpha": (1.0, 10.0), "sigma": (50.0, 100.0, 200.0), "faithful": ("paper", "code")}),
     Study("act", {"beta": (0.2, 0.4, 0.7), "alpha": (3.0, 5.0)}),
     Study("pasta", {"alpha": (0.01, 0.1, 0.5)}, base={"spans": "image"}),
 )
@@ -260,9 +261,7 @@ def _run(place: Place, studies: Sequence[Study], runs: Runs) -> dict[str, Any]:
     tested = dict(zip([(m, label(s)) for m, s in unique], runs("test", unique), strict=True))
     return {
         "meta": {
-            "model": place.model.name, "dtype": place.dtype, "batch_size": place.batch,
-            "scenes": {split: place.scenes or SPLITS[split].scenes for split in ("tune", "test")},
-            "seeds": {split: SPLITS[split].seed for split in ("tune", "test")}, "recall_kept": RECALL_KEPT,
+            **conditions(place),
             "command": " ".join(["python -m testbed.vlm.truth", *sys.argv[1:]]),
             "date": time.strftime("%Y-%m-%d"), "environment": describe_environment(),
         },
@@ -288,14 +287,33 @@ def one_row_a_line(found: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
+def conditions(place: Place) -> dict[str, Any]:
+    """What runs must have in common to stand in one file."""
+    return {
+        "model": place.model.name,
+        "dtype": place.dtype,
+        "batch_size": place.batch,
+        "scenes": {split: place.scenes or SPLITS[split].scenes for split in ("tune", "test")},
+        "seeds": {split: SPLITS[split].seed for split in ("tune", "test")},
+        "recall_kept": RECALL_KEPT,
+    }
+
+
+def refuse_another_run(out: Path, wanted: Mapping[str, Any]) -> None:
+    """Exits where the file holds a run under other conditions."""
+    before = json.loads(out.read_text(encoding="utf-8"))["meta"] if out.is_file() else wanted
+    told = [f"{name} {before[name]} there and {value} here" for name, value in wanted.items() if before[name] != value]
+    if told:
+        raise SystemExit(f"{out} holds a run that was measured in another way ({', '.join(told)}): give another --out")
+
+
 def joined(out: Path, found: dict[str, Any]) -> dict[str, Any]:
     """With the rows of other methods that the file holds, if they were measured alike."""
     if not out.is_file():
         return found
     before = json.loads(out.read_text(encoding="utf-8"))
-    same = ("model", "dtype", "batch_size", "scenes", "seeds", "recall_kept")
-    if any(before["meta"][name] != found["meta"][name] for name in same) or before["unedited"] != found["unedited"]:
-        raise SystemExit(f"{out} holds a run that was measured in another way: give another --out")
+    if before["unedited"] != found["unedited"]:
+        raise SystemExit(f"{out} holds a run whose unedited model answers otherwise: give another --out")
     fresh = {row["method"] for part in ("tune", "test") for row in found[part]}
     kept = {part: [row for row in before[part] if row["method"] not in fresh] for part in ("tune", "test")}
     return {**found, **{part: kept[part] + found[part] for part in kept}}
@@ -317,6 +335,8 @@ def main() -> None:
     table.add_argument("results", type=Path)
     given = parser.parse_args()
     if given.command == "table":
+        if not given.results.is_file():
+            parser.error(f"there is no file {given.results}: the command run writes one")
         print(render(json.loads(given.results.read_text(encoding="utf-8"))))
         return
     by_method = {study.method: study for study in STUDIES}
@@ -326,7 +346,10 @@ def main() -> None:
     most = min(SPLITS[split].scenes for split in ("tune", "test"))
     if given.scenes is not None and not 0 < given.scenes <= most:
         parser.error(f"--scenes takes 1 to {most}, or leave it out for all of each split")
+    if not (given.model / "config.json").is_file():
+        parser.error(f"--model {given.model} holds no config.json: give the folder of a model")
     place = Place(given.model.resolve(), given.work.resolve(), given.dtype, given.batch, given.scenes)
+    refuse_another_run(given.out, conditions(place))
     found = run(place, [by_method[name] for name in given.methods.split(",")], given.processes)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     found = joined(given.out, found)
@@ -373,11 +396,20 @@ def render(found: Mapping[str, Any]) -> str:
 
 
 def _by_method(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[Settings, list[str], Any]]]:
+    """Settings that are the same once defaults are filled in stand in one row."""
     grouped: dict[str, dict[str, tuple[Settings, list[str], Any]]] = {}
     for row in rows:
         same = grouped.setdefault(row["method"], {})
-        same.setdefault(label(row["settings"]), (row["settings"], [], row["metrics"]))[1].append(row["purpose"])
+        place = label(_unlike_defaults(row["method"], row["settings"]))
+        same.setdefault(place, (row["settings"], [], row["metrics"]))[1].append(row["purpose"])
     return {method: list(same.values()) for method, same in grouped.items()}
+
+
+def _unlike_defaults(method: str, settings: Settings) -> Settings:
+    from attn_hooks import methods
+
+    defaults = {name: field.default for name, field in methods()[method].model_fields.items()}
+    return {name: value for name, value in settings.items() if name in UNTOLD or value != defaults[name]}
 
 
 def _number(value: float, key: str) -> str:

@@ -10,7 +10,17 @@ import pytest
 from transformers import AutoModelForImageTextToText
 
 import attn_hooks
-from testbed.vlm.truth import STUDIES, choose, joined, label, one_row_a_line, paired, render, verdict
+from testbed.vlm.truth import (
+    STUDIES,
+    choose,
+    joined,
+    label,
+    one_row_a_line,
+    paired,
+    refuse_another_run,
+    render,
+    verdict,
+)
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results" / "testbed-vlm-h200.json"
 
@@ -83,8 +93,21 @@ def test_a_file_keeps_other_methods_and_refuses_other_measurements(tmp_path: Pat
     assert json.loads(out.read_text(encoding="utf-8")) == first
     again = {**first, "tune": [{"method": "pai", "x": 3}], "test": [{"method": "pai", "x": 3}]}
     assert joined(out, again)["test"] == [{"method": "vcd", "x": 2}, {"method": "pai", "x": 3}]
-    with pytest.raises(SystemExit, match="in another way"):
-        joined(out, {**first, "meta": {**meta, "dtype": 2}})
+    with pytest.raises(SystemExit, match="answers otherwise"):
+        joined(out, {**first, "unedited": {"test": 2}})
+    refuse_another_run(out, {"dtype": 1})
+    with pytest.raises(SystemExit, match=r"in another way \(dtype 1 there and 2 here\)"):
+        refuse_another_run(out, {"dtype": 2})
+    refuse_another_run(tmp_path / "none.json", {"dtype": 2})
+
+
+def test_a_chosen_setting_that_is_the_default_has_no_row_of_its_own() -> None:
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))
+    vcd = next(row for row in found["test"] if row["method"] == "vcd" and row["purpose"] == "default")
+    again = {**vcd, "purpose": "chair", "settings": {"alpha": 1.0, "step": 500}}
+    lines = render({**found, "test": [vcd, again]}).splitlines()
+    assert len(lines) == 4
+    assert "| defaults (default, chair) |" in lines[-1]
 
 
 def test_figures_that_are_undefined_stay_so() -> None:
