@@ -173,7 +173,8 @@ def _generate(
     first = clock.first or end
 
     stops = _stop_tokens(model)
-    likely = None if choices is None else _log_probabilities(output.logits[0], choices)
+    # The beams of a prompt are alike before the first token.
+    likely = None if choices is None else _log_probabilities(output.logits[0][:: settings.num_beams], choices)
     answers = []
     for row, tokens in enumerate(output.sequences[:, width:].tolist()):
         length = next((index + 1 for index, token in enumerate(tokens) if token in stops), len(tokens))
@@ -207,7 +208,9 @@ def _generation_config(
     neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0 if settings.do_sample else 50}
     return GenerationConfig(
         do_sample=settings.do_sample,
-        num_beams=1,
+        num_beams=settings.num_beams,
+        length_penalty=1.0,
+        early_stopping=False,
         repetition_penalty=1.0,
         max_new_tokens=new_tokens,
         eos_token_id=sorted(_stop_tokens(model)) or None,

@@ -98,7 +98,7 @@ def table_markdown(results: dict[str, Any]) -> str:
         f"- Model: {recipe['model']} ({model['class']}, {model['parameters'] / 1e6:.1f} M parameters, {model['dtype']}, "
         f"{model['device']})",
         f"- Edits: {edits}",
-        f"- Seed {recipe['seed']}, {'sampled' if recipe['generation']['do_sample'] else 'greedy'}, "
+        f"- Seed {recipe['seed']}, {_search(recipe['generation'])}, "
         f"batch {recipe['batch_size']}, chat template {'on' if results['modes']['chat_template'] else 'off'}",
         "",
         *_markdown_table(COLUMNS, [cells_of(metric) for metric in results["metrics"]]),
@@ -202,6 +202,12 @@ def _figure_class() -> Any:
     except ImportError as error:
         raise EvaluationError("the plots need matplotlib: pip install 'attn-hooks[eval]'") from error
     return Figure
+
+
+def _search(generation: dict[str, Any]) -> str:
+    beams = generation.get("num_beams", 1)
+    how = "sampled" if generation["do_sample"] else "greedy"
+    return how if beams == 1 else f"{'sampled, ' * generation['do_sample']}beams of {beams}"
 
 
 def _call(edit: dict[str, Any]) -> str:

@@ -106,9 +106,9 @@ def random_visits(inputs: AttentionInputs, first_keys: Tensor | None, list_heads
     )
     rows = torch.nn.functional.pad(seen, (0, 0, 0, tiles * size - inputs.num_queries), value=True)
     by_all = rows.unflatten(3, (key_tiles, size)).unflatten(2, (tiles, size)).all(-1).all(3)
-    columns = (torch.rand(*shape[:3], inputs.num_keys, generator=generator) < 0.2) & ~chosen.repeat_interleave(size, 3)[
-        ..., : inputs.num_keys
-    ]
+    by_tile = chosen.repeat_interleave(size, 3)[..., : inputs.num_keys]
+    seen_by_all = rows.unflatten(2, (tiles, size)).all(3)[..., : inputs.num_keys]
+    columns = (torch.rand(by_tile.shape, generator=generator) < 0.4) & seen_by_all & ~by_tile
     return on_device(Visits(size, size, lists_of(chosen & by_all), lists_of(chosen & ~by_all), lists_of(columns)))
 
 
@@ -184,6 +184,23 @@ def test_head_sizes_and_dtypes(head_dim: int, dtype: torch.dtype) -> None:
     inputs, pattern = plain_call(200, 200, head_dim, dtype), SinkAndWindow(4, 70)
     output, _ = sparse_flash(inputs, pattern)
     wanted, _ = expected(inputs, patterned(inputs, pattern))
+    torch.testing.assert_close(output.double().cpu(), wanted, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_lists_of_real_tiles(head_dim: int, dtype: torch.dtype) -> None:
+    """Every second key tile in full, three columns of the first that is left out, and the diagonal."""
+    inputs, size = plain_call(256, 256, head_dim, dtype), 64
+    tile = torch.arange(4)
+    past = tile[:, None] > tile
+    whole = past & (tile % 2 == 0)
+    columns = torch.zeros(4, 256, dtype=torch.bool)
+    columns[2:, [64, 70, 127]] = True
+    lists = [lists_of(chosen[None, None]) for chosen in (whole, tile[:, None] == tile, columns)]
+    visits = on_device(Visits(size, size, lists[0], lists[1], lists[2]))
+    output, _ = sparse_flash(inputs, visits)
+    wanted, _ = expected(inputs, visits.visited(inputs))
     torch.testing.assert_close(output.double().cpu(), wanted, rtol=2e-2, atol=2e-2)
 
 

@@ -24,9 +24,13 @@ from attn_kernels.sparse_attention.visits import Visits
 LISTS, SINK_AND_WINDOW, POWER_OF_TWO_BLOCKS = 0, 1, 2
 SINK_AND_WINDOW_IN_KERNEL, POWER_IN_KERNEL = tl.constexpr(SINK_AND_WINDOW), tl.constexpr(POWER_OF_TWO_BLOCKS)
 
-# Rows and keys of a tile, warps and pipeline stages, by padded head size.
+# Rows and keys of a tile, warps and pipeline stages, by padded head size, for static patterns. Lists bring their own tiles.
 CONFIGS: dict[int, tuple[int, int, int, int]] = {64: (128, 64, 4, 4), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)}
 FEW_QUERIES = (16, 64, 4, 2)
+PART_STAGES = 2
+# Of a list each tile's place has to be read first, which takes two stages of the pipeline.
+STAGES_OF_LISTS, FEWER_STAGES_OF_LISTS = 5, 4
+LARGEST_SHARED_MEMORY = 227 * 1024
 
 
 @triton.jit
@@ -233,6 +237,7 @@ def _sparse_flash(
     BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    PART_STAGES: tl.constexpr,
 ):
     # The longest programs, those of the last rows, start first.
     row_tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -353,14 +358,22 @@ def _sparse_flash(
         of_tile = column_begin + batch * column_b + (head * column_heads // num_heads) * column_h + row_tile
         begin = tl.load(of_tile)
         stop = tl.load(of_tile + 1)
-        for entry in tl.range(begin, stop, BLOCK_M, num_stages=STAGES):
-            inside = entry + in_m < stop
-            keys = tl.load(column_pool + entry + in_m, mask=inside, other=0)
-            key_tile = load_tile(key_base, keys.to(tl.int64) * k_m, in_d, D, BLOCK_D, inside, True)
-            value_tile = load_tile(value_base, keys.to(tl.int64) * v_m, in_dv, DV, BLOCK_DV, inside, False)
-            seen = inside[None, :] & _seen(rows, keys, first_key, window, 0, 0, 0, 0, CAUSAL, HAS_WINDOW, 0)
+        whole_stop = begin + (stop - begin) // BLOCK_M * BLOCK_M
+        for entry in tl.range(begin, whole_stop, BLOCK_M, num_stages=STAGES):
+            keys = tl.load(column_pool + entry + in_m).to(tl.int64)
+            key_tile = load_whole_tile(key_base, keys * k_m, in_d, D, BLOCK_D, True)
+            value_tile = load_whole_tile(value_base, keys * v_m, in_dv, DV, BLOCK_DV, False)
             logits = _logits(query_tile, key_tile, softcap, scaling, HAS_SOFTCAP, PRECISION)
-            logits = tl.where(seen, logits, float("-inf"))
+            accumulator, total, highest, _, _ = accumulate(
+                logits, scale, value_tile, accumulator, total, highest, PRECISION
+            )
+        if whole_stop < stop:
+            inside = whole_stop + in_m < stop
+            keys = tl.load(column_pool + whole_stop + in_m, mask=inside, other=0).to(tl.int64)
+            key_tile = load_tile(key_base, keys * k_m, in_d, D, BLOCK_D, inside, True)
+            value_tile = load_tile(value_base, keys * v_m, in_dv, DV, BLOCK_DV, inside, False)
+            logits = _logits(query_tile, key_tile, softcap, scaling, HAS_SOFTCAP, PRECISION)
+            logits = tl.where(inside[None, :], logits, float("-inf"))
             accumulator, total, highest, _, _ = accumulate(
                 logits, scale, value_tile, accumulator, total, highest, PRECISION
             )
@@ -368,7 +381,7 @@ def _sparse_flash(
         of_tile = part_begin + batch * part_b + (head * part_heads // num_heads) * part_h + row_tile
         begin = tl.load(of_tile)
         stop = tl.load(of_tile + 1)
-        for entry in tl.range(begin, stop, num_stages=1):
+        for entry in tl.range(begin, stop, num_stages=PART_STAGES):
             keys = tl.load(part_pool + entry) * BLOCK_M + in_m
             inside = keys < num_keys
             key_tile = load_tile(key_base, keys.to(tl.int64) * k_m, in_d, D, BLOCK_D, inside, True)
@@ -436,6 +449,8 @@ def sparse_flash(
     lists = dict.fromkeys(("whole", "part", "columns"))
     if isinstance(visited, Visits):
         block_n, block_m = visited.query_tile, visited.key_tile
+        if config is None:
+            warps, stages = warps_and_stages_of_lists(visited, query.dtype, max(block_d, block_dv))
         lists = {"whole": visited.whole, "part": visited.part, "columns": visited.columns}
     elif isinstance(visited, SinkAndWindow):
         which, parameters = SINK_AND_WINDOW, (visited.sinks, visited.window, 0)
@@ -500,10 +515,20 @@ def sparse_flash(
             "BLOCK_M": block_m,
             "PRECISION": "ieee",
             "STAGES": stages,
+            "PART_STAGES": PART_STAGES,
         },
         warps,
     )
     return output, log_sum_exp
+
+
+def warps_and_stages_of_lists(visits: Visits, dtype: torch.dtype, block_d: int) -> tuple[int, int]:
+    """Three pairs of tiles on their way where they fit into a multiprocessor's memory, else two."""
+    if dtype == torch.float32:
+        return 4, 1
+    warps = 8 if visits.query_tile > 64 or block_d > 128 else 4
+    needed = dtype.itemsize * block_d * (visits.query_tile + 3 * 2 * visits.key_tile)
+    return warps, STAGES_OF_LISTS if needed <= LARGEST_SHARED_MEMORY else FEWER_STAGES_OF_LISTS
 
 
 def config_of(dtype: torch.dtype, block_d: int, num_queries: int) -> tuple[int, int, int, int]:

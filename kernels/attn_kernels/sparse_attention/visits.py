@@ -33,7 +33,7 @@ class Visits:
         key_tile: keys of a tile; tile j has the keys from ``j * key_tile`` on.
         whole: numbers of key tiles that every query of the tile sees in full. None: there are no such lists.
         part: numbers of key tiles of which each query sees what causality, padding and the window leave.
-        columns: single keys, of which causality, padding and the window leave the same.
+        columns: single keys that every query of the tile sees.
     """
 
     query_tile: int
