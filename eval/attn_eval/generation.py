@@ -84,7 +84,7 @@ def generate_answers(
         model: a causal language model; edits that are in force on it act.
         encoder: makes the rows' tokens.
         rows: all with one ``new_tokens``.
-        settings: greedy or sampled.
+        settings: greedy, sampled or with beams.
         seed: with the rows' ids it seeds the sampling, so that a batch draws the same in any order of batches.
     """
     prompts = [encoder.encode(row.input, row.answer_prefix) for row in rows]
@@ -114,7 +114,7 @@ def answer_questions(
         prompts: makes the model's inputs.
         questions: all with one ``new_tokens``.
         images: one a question, RGB.
-        settings: greedy or sampled.
+        settings: greedy, sampled or with beams.
         seed: with the questions' ids it seeds the sampling.
         choices: token ids that stand for each choice; with them, the answers tell how likely each is as the first
             token.

@@ -28,7 +28,7 @@ class GenerationSettings(BaseModel):
     Attributes:
         do_sample: False is greedy decoding, RULER's setting.
         temperature, top_p, top_k: for sampling only.
-        num_beams: beams of a search; 1: none. Lengths are weighed as transformers does by default.
+        num_beams: beams of a search; 1: none.
         chat_template: put each prompt into the tokenizer's chat template, the answer prefix behind the opening of
             the assistant's turn. Questions about images always go through the processor's.
         image_prompt: in place of the processor's chat template, a text with ``{image}``, for the model's image token,
@@ -180,9 +180,6 @@ class Recipe(BaseModel):
 
     def _sha256_without(self, *keys: str) -> str:
         relevant = self.model_dump(mode="json", exclude=set(keys))
-        if self.generation.num_beams == 1:
-            # So that runs of the time before there were beams still go on.
-            del relevant["generation"]["num_beams"]
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 
 

@@ -205,9 +205,10 @@ def _figure_class() -> Any:
 
 
 def _search(generation: dict[str, Any]) -> str:
-    beams = generation.get("num_beams", 1)
-    how = "sampled" if generation["do_sample"] else "greedy"
-    return how if beams == 1 else f"{'sampled, ' * generation['do_sample']}beams of {beams}"
+    beams = f"beams of {generation['num_beams']}" if generation["num_beams"] > 1 else ""
+    if generation["do_sample"]:
+        return f"sampled, {beams}" if beams else "sampled"
+    return beams or "greedy"
 
 
 def _call(edit: dict[str, Any]) -> str:

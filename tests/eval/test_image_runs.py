@@ -222,6 +222,30 @@ def test_the_first_token_s_log_probabilities_are_the_models(vision: tuple[Any, I
     assert answer.first_token == pytest.approx([float(last[[10, 11]].sum().log()), float(last[12].log())], abs=1e-4)
 
 
+def test_beams_are_those_of_generate(vision: tuple[Any, ImagePrompts]) -> None:
+    model, prompts = vision
+    questions, images = questions_of(3)
+    choices = prompts.first_tokens(("yes", "no"))
+    greedy, beams = (
+        answer_questions(model, prompts, questions, images, GenerationSettings(num_beams=number), 0, choices)
+        for number in (1, 3)
+    )
+    inputs = prompts.encode([question.prompt for question in questions], images)
+    with torch.inference_mode():
+        made = model.generate(**inputs, max_new_tokens=6, do_sample=False, num_beams=3)
+    texts = prompts.tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert [answer.text for answer in beams] == texts != [answer.text for answer in greedy]
+    for one, other in zip(greedy, beams, strict=True):
+        assert other.first_token == pytest.approx(one.first_token, abs=1e-4)
+
+
+def test_a_run_says_that_it_had_beams(recipe: Recipe, tmp_path: Path) -> None:
+    searched = recipe.model_copy(update={"generation": GenerationSettings(num_beams=2), "edits": ()})
+    results = run_recipe(searched, tmp_path / "out", console=QUIET, limit=1)
+    assert results["recipe"]["generation"]["num_beams"] == 2
+    assert "- Seed 42, beams of 2, batch 2" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+
+
 def test_an_answer_is_capped_unless_it_ends(vision: tuple[Any, ImagePrompts]) -> None:
     model, prompts = vision
     questions, images = questions_of(1)

@@ -133,7 +133,14 @@ def test_the_fingerprint_sees_what_changes_a_result_and_nothing_else(tmp_path: P
         return load_recipe(write(tmp_path, SMALL | change)).fingerprint()
 
     assert fingerprint() == fingerprint(name="other", description="words", published="none")
-    assert len({fingerprint(), fingerprint(seed=1), fingerprint(batch_size=2), fingerprint(edits=[])}) == 4
+    changes: list[dict[str, Any]] = [
+        {},
+        {"seed": 1},
+        {"batch_size": 2},
+        {"edits": []},
+        {"generation": {"num_beams": 5}},
+    ]
+    assert len({fingerprint(**change) for change in changes}) == len(changes)
 
 
 def test_recipes_are_found_as_files_and_by_name(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ TWINS = {
     "internvl3-8b": "internvl",
     "instructblip-7b": "instructblip",
 }
-METHODS = ("var", "vhr", "imbalanced", "pai", "spin", "vcd", "damro", "eah", "agla")
+METHODS = ("var", "vhr", "imbalanced", "pai", "spin", "vcd", "damro", "eah", "agla", "opera")
 RECIPES = sorted(path for model in TWINS for path in (attn_hooks.recipes_dir() / model).glob("*.yaml"))
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "evaluation.md"
 # VAR needs the hidden dimensions of the backbone's sinks, which were not published.
@@ -58,7 +58,8 @@ def test_a_recipe_runs_on_its_models_twin(path: Path) -> None:
     edits = [on_twin(edit, len(attn_hooks.inspect_model(model).layers)) for edit in recipe.edits]
     assert [edit["method"] for edit in recipe.edits] == [path.stem.removesuffix("-pope").removesuffix("-chair")]
     with attn_hooks.editing(model, *edits):
-        made = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=recipe.generation.do_sample)
+        how = {"do_sample": recipe.generation.do_sample, "num_beams": recipe.generation.num_beams}
+        made = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, **how)
         (done,) = attn_hooks.report(model).edits
     assert made.shape[0] == len(inputs["attention_mask"]) and sum(done.calls.values()) > 0
 
