@@ -7,7 +7,8 @@
 Every setting of a method's grid is run on the split ``tune``, whose scenes miss their objects' companions as those of ``test``
 do. One is chosen for POPE (accuracy, mean of the three splits) and one for CHAIR (the lowest CHAIR_S among settings whose recall
 is at most ``RECALL_KEPT`` below the unedited model's; if there is none, the best F1). The defaults and the chosen ones then run
-on ``test``, each paired with the unedited model's answers, greedy. Nothing is chosen on ``test``.
+on ``test``, each paired with the unedited model's answers, greedy, or with beams on both sides where a study has some.
+Nothing is chosen on ``test``.
 """
 
 from __future__ import annotations
@@ -41,11 +42,19 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class Study:
-    """A method, the settings that differ from its own defaults on this model, and the grid around them."""
+    """A method, the settings that differ from its own defaults on this model, and the grid around them.
+
+    With ``beams`` both sides of every pair have as many, the tuning, too.
+    """
 
     method: str
     axes: Mapping[str, Sequence[Any]]
     base: Mapping[str, Any] = field(default_factory=dict)
+    beams: int = 1
+
+    @property
+    def name(self) -> str:
+        return with_beams(self.method, self.beams)
 
     def grid(self) -> list[Settings]:
         return [{**self.base, **dict(zip(self.axes, values, strict=True))} for values in product(*self.axes.values())]
@@ -71,6 +80,23 @@ STUDIES = (
 )
 
 
+@dataclass(frozen=True)
+class Ask:
+    """One run: a method, or the model as it is, and how many beams write the answers."""
+
+    method: str | None = None
+    settings: Settings = field(default_factory=dict)
+    beams: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{with_beams(self.method or 'unedited', self.beams)} {label(self.settings)}"
+
+
+def with_beams(name: str, beams: int) -> str:
+    return name if beams == 1 else f"{name}-beams-{beams}"
+
+
 def label(settings: Mapping[str, Any]) -> str:
     """A folder's name for settings."""
     told = [f"{name}={value}".replace(" ", "").strip("()") for name, value in settings.items() if name != "dims"]
@@ -90,29 +116,31 @@ class Place:
     def scenes_of(self, split: str) -> Path:
         return scenes_folder(self.work / "scenes", SPLITS[split], self.scenes or SPLITS[split].scenes)
 
-    def folder(self, split: str, method: str, settings: Mapping[str, Any]) -> Path:
-        return self.work / self.dtype / f"{split}_{self.scenes or SPLITS[split].scenes}" / method / label(settings)
+    def folder(self, split: str, ask: Ask) -> Path:
+        method = with_beams(ask.method or "unedited", ask.beams)
+        return self.work / self.dtype / f"{split}_{self.scenes or SPLITS[split].scenes}" / method / label(ask.settings)
 
 
-def measure(place: Place, split: str, method: str | None, settings: Settings) -> list[dict[str, Any]]:
+def measure(place: Place, split: str, ask: Ask) -> list[dict[str, Any]]:
     """The paired figures of POPE and CHAIR under one edit, or those of the model as it is."""
     from rich.console import Console
 
     from attn_eval import run_recipe
+    from attn_eval.recipe import GenerationSettings
 
     asked = recipe(place.model, place.scenes_of(split))
-    edits = ({"method": method, **settings},) if method else ()
+    edits = ({"method": ask.method, **ask.settings},) if ask.method else ()
     asked = asked.model_copy(
         update={
             "name": f"testbed-vlm/{split}", "dtype": place.dtype, "batch_size": place.batch, "edits": edits,
+            "generation": GenerationSettings(num_beams=ask.beams),
             "tasks": tuple(task for task in asked.tasks if task["task"] != "mme"),
         }
     )  # fmt: skip
-    unedited = place.folder(split, "unedited", {})
     results = run_recipe(
         asked,
-        place.folder(split, method, settings) if method else unedited,
-        baseline=unedited if method else None,
+        place.folder(split, ask),
+        baseline=place.folder(split, Ask(beams=ask.beams)) if ask.method else None,
         console=Console(quiet=True),
     )
     return list(results["metrics"])
@@ -174,12 +202,12 @@ def sink_dims(place: Place) -> dict[float, tuple[int, ...]]:
     return {tau: tuple(find_sink_dims(model, tau, **inputs).dims) for tau in SINK_TAUS}
 
 
-def _one(place: Place, split: str, method: str | None, settings: Settings) -> Any:
+def _one(place: Place, split: str, ask: Ask) -> Any:
     import torch
 
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
     try:
-        return measure(place, split, method, settings)
+        return measure(place, split, ask)
     except Exception:
         return traceback.format_exc()
 
@@ -191,38 +219,46 @@ class Runs:
         self.place, self.pool = place, pool
         self.errors: list[dict[str, Any]] = []
 
-    def __call__(self, split: str, asked: Sequence[tuple[str | None, Settings]]) -> list[Any]:
+    def __call__(self, split: str, asked: Sequence[Ask]) -> list[Any]:
         """The metrics of each, None for one that failed."""
-        waiting = {self.pool.submit(_one, self.place, split, *entry): place for place, entry in enumerate(asked)}
+        waiting = {self.pool.submit(_one, self.place, split, ask): number for number, ask in enumerate(asked)}
         found: list[Any] = [None] * len(asked)
         began = time.monotonic()
         for count, future in enumerate(as_completed(waiting), start=1):
-            place, result = waiting[future], future.result()
-            method, settings = asked[place]
+            ask, result = asked[waiting[future]], future.result()
             if isinstance(result, str):
-                self.errors.append({"split": split, "method": method, "settings": settings, "error": result})
+                self.errors.append({"split": split, **told_of(ask), "error": result})
             else:
-                found[place] = result
+                found[waiting[future]] = result
             state = "FAILED" if isinstance(result, str) else "done"
-            print(
-                f"{time.monotonic() - began:6.0f} s {count}/{len(asked)} {split} {method} {label(settings)} {state}",
-                flush=True,
-            )
+            print(f"{time.monotonic() - began:6.0f} s {count}/{len(asked)} {split} {ask.name} {state}", flush=True)
         return found
 
 
-def run(place: Place, studies: Sequence[Study], processes: int) -> dict[str, Any]:
+def told_of(ask: Ask) -> dict[str, Any]:
+    """What a row says of its run; of beams only where there were some."""
+    return {"method": ask.method, "settings": ask.settings} | ({"beams": ask.beams} if ask.beams > 1 else {})
+
+
+def run(place: Place, studies: Sequence[Study], processes: int, out: Path) -> dict[str, Any]:
     """Tune, choose, test.
+
+    Args:
+        place: model, scenes and folders.
+        studies: what to measure.
+        processes: runs at a time.
+        out: where the results will be joined to; only read.
 
     Returns:
         ``{"meta", "unedited", "tune", "test", "errors"}``: each row of ``tune`` has method, settings and figures; each of
-        ``test`` method, what its settings are (default, or chosen for pope or chair), settings, and paired metrics.
+        ``test`` method, what its settings are (default, or chosen for pope or chair), settings, and paired metrics; both the
+        beams where there were some. ``unedited`` has the model's own figures by split, and by split and beams.
     """
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return _run(place, studies, Runs(place, pool))
+        return _run(place, studies, Runs(place, pool), out)
 
 
-def _run(place: Place, studies: Sequence[Study], runs: Runs) -> dict[str, Any]:
+def _run(place: Place, studies: Sequence[Study], runs: Runs, out: Path) -> dict[str, Any]:
     from attn_eval.environment import describe_environment
 
     for split in ("tune", "test"):
@@ -231,46 +267,50 @@ def _run(place: Place, studies: Sequence[Study], runs: Runs) -> dict[str, Any]:
         dims = sink_dims(place)
         print(f"dimensions of sinks by tau: {dims}", flush=True)
 
-    def completed(method: str, settings: Settings) -> Settings | None:
-        """With the dimensions that VAR needs; None where no token reaches this tau."""
-        if method != "var":
-            return settings
+    def completed(study: Study, settings: Settings) -> list[Ask]:
+        """With the dimensions that VAR needs; none where no token reaches this tau."""
+        if study.method != "var":
+            return [Ask(study.method, settings, study.beams)]
         found = dims[settings.get("tau", SINK_TAUS[0])]
-        return {**settings, "tau": settings.get("tau", SINK_TAUS[0]), "dims": found} if found else None
+        with_dims = {**settings, "tau": settings.get("tau", SINK_TAUS[0]), "dims": found}
+        return [Ask(study.method, with_dims, study.beams)] if found else []
 
-    (tune_unedited,), (test_unedited,) = runs("tune", [(None, {})]), runs("test", [(None, {})])
-    if tune_unedited is None or test_unedited is None:
-        raise RuntimeError(runs.errors[0]["error"])
-    grid = [(study.method, completed(study.method, one)) for study in studies for one in study.grid()]
-    asked = [(method, settings) for method, settings in grid if settings is not None]
+    # Greedy in any case: all runs of one file must have that in common.
+    beams = sorted({1, *(study.beams for study in studies)})
+    unedited: dict[str, dict[str, float]] = {}
+    for split in ("tune", "test"):
+        for number, metrics in zip(beams, runs(split, [Ask(beams=number) for number in beams]), strict=True):
+            if metrics is None:
+                raise RuntimeError(runs.errors[0]["error"])
+            unedited[with_beams(split, number)] = figures(metrics, "baseline")
+    refuse_other_answers(out, unedited)
+    asked = [ask for study in studies for one in study.grid() for ask in completed(study, one)]
     tuned = [
-        (method, settings, figures(metrics, "edited"))
-        for (method, settings), metrics in zip(asked, runs("tune", asked), strict=True)
+        (ask, figures(metrics, "edited"))
+        for ask, metrics in zip(asked, runs("tune", asked), strict=True)
         if metrics is not None
     ]
-    unedited = figures(tune_unedited, "baseline")
-    testing: list[tuple[str, str, Settings]] = []
+    testing: list[tuple[str, Ask]] = []
     for study in studies:
-        default = completed(study.method, dict(study.base))
-        if default is not None:
-            testing.append((study.method, "default", default))
-        mine = [(settings, found) for method, settings, found in tuned if method == study.method]
+        testing += [("default", ask) for ask in completed(study, dict(study.base))]
+        mine = [(ask.settings, found) for ask, found in tuned if (ask.method, ask.beams) == (study.method, study.beams)]
         if mine:
-            testing += [(study.method, purpose, settings) for purpose, settings in choose(mine, unedited).items()]
-    unique = list({(method, label(settings)): (method, settings) for method, _, settings in testing}.values())
-    tested = dict(zip([(m, label(s)) for m, s in unique], runs("test", unique), strict=True))
+            chosen = choose(mine, unedited[with_beams("tune", study.beams)])
+            testing += [(purpose, Ask(study.method, one, study.beams)) for purpose, one in chosen.items()]
+    unique = {ask.name: ask for _, ask in testing}
+    tested = dict(zip(unique, runs("test", list(unique.values())), strict=True))
     return {
         "meta": {
             **conditions(place),
             "command": " ".join(["python -m testbed.vlm.truth", *sys.argv[1:]]),
             "date": time.strftime("%Y-%m-%d"), "environment": describe_environment(),
         },
-        "unedited": {"tune": unedited, "test": figures(test_unedited, "baseline")},
-        "tune": [{"method": method, "settings": settings, "figures": found} for method, settings, found in tuned],
+        "unedited": unedited,
+        "tune": [{**told_of(ask), "figures": found} for ask, found in tuned],
         "test": [
-            {"method": method, "purpose": purpose, "settings": settings, "metrics": paired(tested[method, label(settings)])}
-            for method, purpose, settings in testing
-            if tested[method, label(settings)] is not None
+            {**told_of(ask), "purpose": purpose, "metrics": paired(tested[ask.name])}
+            for purpose, ask in testing
+            if tested[ask.name] is not None
         ],
         "errors": runs.errors,
     }  # fmt: skip
@@ -299,24 +339,61 @@ def conditions(place: Place) -> dict[str, Any]:
     }
 
 
+def read(results: Path) -> dict[str, Any] | None:
+    """A run's file; None where there is none.
+
+    Raises:
+        SystemExit: it is no such file.
+    """
+    try:
+        found = json.loads(results.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as problem:
+        raise SystemExit(f"{results} can't be read: {problem}") from problem
+    if not isinstance(found, dict) or not {"meta", "unedited", "tune", "test"} <= found.keys():
+        raise SystemExit(f"{results} is no file of this program: it needs meta, unedited, tune and test")
+    return found
+
+
 def refuse_another_run(out: Path, wanted: Mapping[str, Any]) -> None:
-    """Exits where the file holds a run under other conditions."""
-    before = json.loads(out.read_text(encoding="utf-8"))["meta"] if out.is_file() else wanted
-    told = [f"{name} {before[name]} there and {value} here" for name, value in wanted.items() if before[name] != value]
+    """Exits where the file can't take the results, or holds a run under other conditions."""
+    if out.is_dir():
+        raise SystemExit(f"--out {out} is a folder: give a file")
+    before = (read(out) or {"meta": wanted})["meta"]
+    told = [
+        f"{name} {before.get(name)} there and {value} here"
+        for name, value in wanted.items()
+        if before.get(name) != value
+    ]
     if told:
         raise SystemExit(f"{out} holds a run that was measured in another way ({', '.join(told)}): give another --out")
 
 
+def refuse_other_answers(out: Path, unedited: Mapping[str, Mapping[str, float]]) -> None:
+    """Exits where the file's unedited model has other figures: another device or version answers otherwise."""
+    before = (read(out) or {"unedited": {}})["unedited"]
+    unlike = [name for name in unedited if name in before and before[name] != unedited[name]]
+    if unlike:
+        raise SystemExit(
+            f"{out} holds a run whose unedited model answers otherwise ({', '.join(unlike)}): give another --out"
+        )
+
+
 def joined(out: Path, found: dict[str, Any]) -> dict[str, Any]:
-    """With the rows of other methods that the file holds, if they were measured alike."""
-    if not out.is_file():
+    """With the rows of other studies that the file holds, if they were measured alike."""
+    refuse_other_answers(out, found["unedited"])
+    before = read(out)
+    if before is None:
         return found
-    before = json.loads(out.read_text(encoding="utf-8"))
-    if before["unedited"] != found["unedited"]:
-        raise SystemExit(f"{out} holds a run whose unedited model answers otherwise: give another --out")
-    fresh = {row["method"] for part in ("tune", "test") for row in found[part]}
-    kept = {part: [row for row in before[part] if row["method"] not in fresh] for part in ("tune", "test")}
-    return {**found, **{part: kept[part] + found[part] for part in kept}}
+    fresh = {_study(row) for part in ("tune", "test") for row in found[part]}
+    kept = {part: [row for row in before[part] if _study(row) not in fresh] for part in ("tune", "test")}
+    rows = {part: kept[part] + found[part] for part in kept}
+    return {**found, **rows, "unedited": before["unedited"] | found["unedited"]}
+
+
+def _study(row: Mapping[str, Any]) -> str:
+    return with_beams(row["method"], row.get("beams", 1))
 
 
 def main() -> None:
@@ -326,7 +403,7 @@ def main() -> None:
     running.add_argument("--model", type=Path, default=MODEL)
     running.add_argument("--work", type=Path, default=Path("out/truth"), help="scenes and answers; kept between calls")
     running.add_argument("--out", type=Path, default=Path("bench/results/testbed-vlm.json"))
-    running.add_argument("--methods", default=",".join(study.method for study in STUDIES))
+    running.add_argument("--methods", default=",".join(study.name for study in STUDIES))
     running.add_argument("--scenes", type=int, help="the first so many of each split; all by default")
     running.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     running.add_argument("--batch", type=int, default=50)
@@ -335,11 +412,12 @@ def main() -> None:
     table.add_argument("results", type=Path)
     given = parser.parse_args()
     if given.command == "table":
-        if not given.results.is_file():
+        results = read(given.results)
+        if results is None:
             parser.error(f"there is no file {given.results}: the command run writes one")
-        print(render(json.loads(given.results.read_text(encoding="utf-8"))))
+        print(render(results))
         return
-    by_method = {study.method: study for study in STUDIES}
+    by_method = {study.name: study for study in STUDIES}
     unknown = [name for name in given.methods.split(",") if name not in by_method]
     if unknown:
         parser.error(f"no study of {', '.join(unknown)}: --methods takes {', '.join(by_method)}")
@@ -350,13 +428,13 @@ def main() -> None:
         parser.error(f"--model {given.model} holds no config.json: give the folder of a model")
     place = Place(given.model.resolve(), given.work.resolve(), given.dtype, given.batch, given.scenes)
     refuse_another_run(given.out, conditions(place))
-    found = run(place, [by_method[name] for name in given.methods.split(",")], given.processes)
+    found = run(place, [by_method[name] for name in given.methods.split(",")], given.processes, given.out)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     found = joined(given.out, found)
     given.out.write_text(one_row_a_line(found), encoding="utf-8")
     print(render(found))
     for failed in found["errors"]:
-        print(f"{failed['method']} {label(failed['settings'])} on {failed['split']}:\n{failed['error']}")
+        print(f"{_study(failed)} {label(failed['settings'])} on {failed['split']}:\n{failed['error']}")
     if found["errors"]:
         raise SystemExit(1)
 
@@ -378,31 +456,41 @@ UNTOLD = ("dims", *BLACK)
 
 
 def render(found: Mapping[str, Any]) -> str:
-    """A markdown table: the unedited model's figures, then differences, those whose interval leaves out 0 in bold."""
-    unedited = found["unedited"]["test"]
+    """A markdown table: the unedited model's figures, then differences to them, those whose interval leaves out 0 in bold.
+
+    What was measured with beams stands behind the unedited model's figures with as many.
+    """
     lines = [
         "| method | settings | " + " | ".join(name for name, _ in COLUMNS) + " | verdict |",
         "|---|---|" + "---:|" * len(COLUMNS) + "---|",
-        "| no edit | | " + " | ".join(_number(unedited[key], key) for _, key in COLUMNS) + " | |",
     ]
-    for method, rows in _by_method(found["test"]).items():
-        for settings, purposes, metrics in rows:
+    for beams in sorted({1, *(row.get("beams", 1) for row in found["test"])}):
+        unedited = found["unedited"][with_beams("test", beams)]
+        how = "" if beams == 1 else f"beams of {beams}"
+        lines.append(
+            f"| no edit | {how}{' ' if how else ''}| "
+            + " | ".join(_number(unedited[key], key) for _, key in COLUMNS)
+            + " | |"
+        )
+        rows = [row for row in found["test"] if row.get("beams", 1) == beams]
+        for method, settings, purposes, metrics in _by_settings(rows):
             cells = [_difference(metrics[key], key) for _, key in COLUMNS]
             told = ", ".join(f"{name} {value}" for name, value in settings.items() if name not in UNTOLD) or "defaults"
+            told = f"{how}; {told}" if how else told
             lines.append(
                 f"| `{method}` | {told} ({', '.join(purposes)}) | " + " | ".join(cells) + f" | {verdict(metrics)} |"
             )
     return "\n".join(lines)
 
 
-def _by_method(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[Settings, list[str], Any]]]:
-    """Settings that are the same once defaults are filled in stand in one row."""
-    grouped: dict[str, dict[str, tuple[Settings, list[str], Any]]] = {}
+def _by_settings(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, Settings, list[str], Any]]:
+    """Method, settings, purposes and metrics; settings that are the same once defaults are filled in stand in one row."""
+    grouped: dict[tuple[str, str], tuple[str, Settings, list[str], Any]] = {}
     for row in rows:
-        same = grouped.setdefault(row["method"], {})
-        place = label(_unlike_defaults(row["method"], row["settings"]))
-        same.setdefault(place, (row["settings"], [], row["metrics"]))[1].append(row["purpose"])
-    return {method: list(same.values()) for method, same in grouped.items()}
+        place = row["method"], label(_unlike_defaults(row["method"], row["settings"]))
+        same = grouped.setdefault(place, (row["method"], row["settings"], [], row["metrics"]))
+        same[2].append(row["purpose"])
+    return list(grouped.values())
 
 
 def _unlike_defaults(method: str, settings: Settings) -> Settings:
