@@ -214,7 +214,7 @@ def compare(
     """Compare two finished runs: the edited half of each, or the baseline where a recipe has no edits.
 
     Where both saw the same questions, the difference comes with its paired bootstrap interval, the flips and
-    McNemar's exact test.
+    McNemar's exact test; with images also with a p-value from resampled images.
     """
     from attn_eval.comparison import compare_results, left_out
     from attn_eval.report import console_table

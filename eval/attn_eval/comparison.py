@@ -23,7 +23,7 @@ def compare_results(first: dict[str, Any], second: dict[str, Any]) -> list[dict[
 
     Returns:
         Records with task, length, metric, ``first``, ``second``, ``difference``, ``paired`` (bool) and, where paired,
-        samples, interval, flips and McNemar's p.
+        samples, interval, flips and McNemar's p; of benchmarks with images also ``bootstrap_p``, which draws images.
     """
     runs = [_run_of(results) for results in (first, second)]
     ours = {(metric["task"], metric["length"], metric["metric"]): metric for metric in first["metrics"]}

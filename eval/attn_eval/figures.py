@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from attn_eval.statistics import CONFIDENCE, FULL_SCORE, mcnemar_exact, resampled_sums
+from attn_eval.statistics import CONFIDENCE, FULL_SCORE, bootstrap_p, mcnemar_exact, resampled_sums
 from attn_eval.tasks.images import Figures, ImageTask, Totals
 
 Metric = dict[str, Any]
@@ -40,7 +40,8 @@ class Scored:
 
 def figures_of(task: ImageTask, samples: Sequence[Scored], runs: Sequence[str], seed: int) -> list[Metric]:
     """Every figure of every part: its value in each run with its 95 % interval and, for two runs, their difference
-    (second less first) with its interval and, for the mean of scores, the flips and McNemar's exact p.
+    (second less first) with its interval and, for the mean of scores, the flips, McNemar's exact p, which takes questions for
+    independent, and ``bootstrap_p``, which draws images.
     """
     images = list(dict.fromkeys((sample.stratum, sample.image) for sample in samples))
     tables = [_image_sums(task, samples, run) for run in runs]
@@ -103,6 +104,7 @@ def _metric(
             scores = [[sample.scores[run] >= FULL_SCORE for run in runs] for sample in inside]
             lost, won = sum(a and not b for a, b in scores), sum(b and not a for a, b in scores)
             metric |= {"right_to_wrong": lost, "wrong_to_right": won, "mcnemar_p": mcnemar_exact(lost, won)}
+            metric["bootstrap_p"] = None if drawn is None else bootstrap_p(drawn[1][key] - drawn[0][key])
     return metric
 
 

@@ -26,6 +26,7 @@ COLUMNS = (
     "95 % interval",
     "lost/won",
     "McNemar p",
+    "p by image",
 )
 CELLS_WITH_NUMBERS = 200
 
@@ -74,6 +75,7 @@ def cells_of(metric: Metric) -> list[str]:
         f"{show(interval[0], sign)} to {show(interval[1], sign)}" if interval else "",
         flips,
         f"{metric['mcnemar_p']:.3g}" if "mcnemar_p" in metric else "",
+        f"{metric['bootstrap_p']:.3g}" if metric.get("bootstrap_p") is not None else "",
     ]
 
 
@@ -104,7 +106,8 @@ def table_markdown(results: dict[str, Any]) -> str:
         *_markdown_table(COLUMNS, [cells_of(metric) for metric in results["metrics"]]),
         "",
         "Scores in percent. Difference: edited less baseline on the same samples, with its paired bootstrap interval; "
-        "lost/won: samples that lost, or gained, the full score; p: exact McNemar test on those. "
+        "lost/won: samples that lost, or gained, the full score; McNemar p: exact, of those, "
+        "each taken for independent; p by image: from resampled images, each with all its questions. "
         "The average weighs every task alike. "
         "Figures of images are resampled by image.",
         "",

@@ -11,6 +11,8 @@ import numpy as np
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 FULL_SCORE = 1.0 - 1e-9
+# Shares that are the same but for the order of sums.
+NO_DIFFERENCE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,22 @@ def resampled_sums(
             times = generator.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=count)
             sums[first : first + count] += times @ rows
     return sums
+
+
+def bootstrap_p(differences: np.ndarray) -> float | None:
+    """The two-sided p-value of no difference, from bootstrap samples of it: twice the smaller share of them that lies at or beyond
+    0, with one more counted for the observed sample.
+
+    Args:
+        differences: ``(resamples,)``, of whatever unit was drawn.
+
+    Returns:
+        2 / (resamples + 1) to 1; None where the figure is undefined in a resample.
+    """
+    if np.isnan(differences).any():
+        return None
+    beyond = min(int((differences <= NO_DIFFERENCE).sum()), int((differences >= -NO_DIFFERENCE).sum()))
+    return min(1.0, 2 * (beyond + 1) / (len(differences) + 1))
 
 
 def interval_of(strata: Sequence[Sequence[float]], seed: int) -> tuple[float, float] | None:

@@ -158,6 +158,8 @@ def test_two_runs_are_compared_image_by_image(recipe: Recipe, tmp_path: Path, mo
     assert recall["paired"] and (recall["first"], recall["second"], recall["difference"]) == (1.0, 0.0, -1.0)
     flips = entries["chair", "all", "chair_s"]
     assert (flips["right_to_wrong"], flips["wrong_to_right"]) == (3, 0)
+    # All three images go one way.
+    assert flips["bootstrap_p"] == pytest.approx(2 / 10_001)
     other_data = run_recipe(recipe, tmp_path / "third", console=QUIET, limit=1)
     entries = {(e["task"], e["length"], e["metric"]): e for e in compare_results(first, other_data)}
     assert not entries["pope", "all", "recall"]["paired"]

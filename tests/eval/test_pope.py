@@ -85,6 +85,31 @@ def test_two_runs_are_paired_by_question(tmp_path: Path) -> None:
     assert low <= 0.5 <= high
 
 
+def test_questions_of_one_image_are_no_independent_evidence(tmp_path: Path) -> None:
+    """Six questions about one image turn right, two about another stay. Of the four equally likely draws of two images one has no
+    change, (other, other), so p is 2 / 4, where McNemar's test on six flips says 2 / 64."""
+    things = ["dog", "cat", "bus", "oven", "sink", "cup"]
+    asked = [("1.png", thing, "yes") for thing in things] + [("2.png", thing, "yes") for thing in things[:2]]
+    records = [
+        {"question_id": number, "image": image, "text": f"Is there a {thing} in the image?", "label": label}
+        for number, (image, thing, label) in enumerate(asked)
+    ]
+    task = image_task("pope", {"questions": str(write_lines(tmp_path / "random.json", records))})
+    first = by_order(tmp_path, "first", {"random": ["no"] * 6 + ["yes"] * 2})
+    second = by_order(tmp_path, "second", {"random": ["yes"] * 8})
+    found = {(metric["length"], metric["metric"]): metric for metric in score_answers(task, first, second)[0]}
+    accuracy = found["random", "accuracy"]
+    assert (accuracy["right_to_wrong"], accuracy["wrong_to_right"], accuracy["mcnemar_p"]) == (0, 6, 2 / 64)
+    assert accuracy["bootstrap_p"] == pytest.approx(2 / 4, abs=0.02)
+    # The other way it is the same, and one image alone says nothing of others.
+    back = {(m["length"], m["metric"]): m for m in score_answers(task, second, first)[0]}["random", "accuracy"]
+    assert back["bootstrap_p"] == pytest.approx(2 / 4, abs=0.02)
+    assert "bootstrap_p" not in found["random", "f1"]
+    only = image_task("pope", {"questions": str(write_lines(tmp_path / "popular.json", records[:6]))})
+    files = [by_order(tmp_path, name, {"popular": [answer] * 6}) for name, answer in (("no", "no"), ("yes", "yes"))]
+    assert score_answers(only, *files)[0][0]["bootstrap_p"] is None
+
+
 def test_answers_of_a_run_are_read_back(tmp_path: Path) -> None:
     task = pope(tmp_path)
     said = dict(zip([DOG, CAT, BUS, OVEN, SINK], ["yes", "no", "yes", "no", "no"], strict=True))

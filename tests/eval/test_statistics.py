@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 
-from attn_eval.statistics import bootstrap_interval, compare_paired, mcnemar_exact
+from attn_eval.statistics import bootstrap_interval, bootstrap_p, compare_paired, mcnemar_exact
 
 
 @pytest.mark.parametrize(
@@ -51,3 +52,12 @@ def test_compare_paired_counts_flips_of_the_full_score_only() -> None:
     assert compare_paired([[1.0]], [[0.0]], seed=0).interval is None
     with pytest.raises(ValueError, match="same samples"):
         compare_paired([[1.0]], [[1.0, 0.0]], seed=0)
+
+
+def test_the_bootstrap_s_p_is_twice_the_smaller_side() -> None:
+    # 2 of 9 at or below 0, 8 at or above: 2 (2 + 1) / (9 + 1).
+    assert bootstrap_p(np.array([-0.1, 0.0, *[0.2] * 7])) == pytest.approx(0.6)
+    assert bootstrap_p(-np.array([-0.1, 0.0, *[0.2] * 7])) == pytest.approx(0.6)
+    assert bootstrap_p(np.full(99, 0.2)) == pytest.approx(2 / 100)
+    assert bootstrap_p(np.zeros(9)) == bootstrap_p(np.full(9, 0.1 + 0.2 - 0.3)) == 1.0
+    assert bootstrap_p(np.array([0.1, np.nan])) is None
