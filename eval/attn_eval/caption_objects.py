@@ -173,7 +173,9 @@ def load_nltk() -> Any:
         tagged = nltk.pos_tag(nltk.word_tokenize("two dogs"))
         nltk.stem.WordNetLemmatizer().lemmatize(tagged[1][0])
     except ImportError as error:
-        raise EvaluationError("words: nltk needs the package: pip install nltk; words: rules needs none") from error
+        raise EvaluationError(
+            "words: nltk needs the package: pip install 'attn-hooks[chair]'; words: rules needs none"
+        ) from error
     except LookupError as error:
         raise EvaluationError(
             "words: nltk needs its data: python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng wordnet; "

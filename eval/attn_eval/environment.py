@@ -8,7 +8,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("attn-hooks", "torch", "transformers", "tokenizers", "numpy", "wonderwords", "triton", "pillow", "nltk")
+PACKAGES = (
+    "attn-hooks",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "wonderwords",
+    "triton",
+    "pillow",
+    "nltk",
+    "spacy",
+)
 
 
 def describe_environment() -> dict[str, Any]:

@@ -101,5 +101,5 @@ def test_nltk_or_its_data_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(EvaluationError, match=r"nltk\.downloader punkt_tab"):
         ObjectNames(["dog"], "nltk")
     monkeypatch.setitem(sys.modules, "nltk", None)
-    with pytest.raises(EvaluationError, match="pip install nltk"):
+    with pytest.raises(EvaluationError, match=r"pip install 'attn-hooks\[chair\]'"):
         ObjectNames(["dog"], "nltk")

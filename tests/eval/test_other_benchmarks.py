@@ -211,7 +211,7 @@ def test_spacy_s_vectors_are_asked_for_at_the_published_threshold(monkeypatch: p
     assert (similar("ocean", "sea"), similar("wolf", "dog"), loaded) == (True, False, ["en_core_web_lg"])
     amber._similar.cache_clear()
     monkeypatch.setitem(sys.modules, "spacy", None)
-    with pytest.raises(EvaluationError, match="spacy download en_core_web_lg"):
+    with pytest.raises(EvaluationError, match=r"'attn-hooks\[amber\]'; python -m spacy download en_core_web_lg"):
         amber._similar("spacy")
 
 

@@ -241,8 +241,8 @@ def _similar(kind: str) -> Similar:
         vectors = spacy.load(SPACY_MODEL)
     except (ImportError, OSError) as error:
         raise EvaluationError(
-            f"similarity: spacy needs the package and its vectors: pip install spacy; python -m spacy download {SPACY_MODEL}; "
-            "similarity: none needs neither"
+            "similarity: spacy needs the package and its vectors: pip install 'attn-hooks[amber]'; "
+            f"python -m spacy download {SPACY_MODEL}; similarity: none needs neither"
         ) from error
     parsed = functools.lru_cache(maxsize=None)(vectors)
     return lambda first, second: parsed(first).similarity(parsed(second)) > SIMILARITY
