@@ -1,6 +1,6 @@
 """What an intervention costs a caption: LLaVA-1.5-7B's shape, random weights, 256 tokens after a prompt of 640 with one image.
 
-    python -m bench.captions [--budget-seconds 300] [--only pai,vcd] [--phases generate,replay] [--out FILE]
+    python -m bench.captions [--budget-seconds 300] [--only pai,vcd] [--phases generate,replay] [--out FILE] [--baseline FILE]
 
 ``generate``: the model's own, greedy, a DynamicCache, Python included. ``replay``: prefill, then one step on a StaticCache captured
 in a CUDA graph and replayed, for edits of attention alone: what is left is the device's own time. ``reference``: as the
@@ -8,6 +8,9 @@ papers' code does it, eager attention whose weights are edited and kept in every
 call a step, no step skipped. The unedited model has a turn before and after every third setting; ratios are to the mean of the two.
 ``generate`` goes through the settings several times, every other time backwards, and gives the median of the ratios. Beside it
 stands the same of the host's own time (``host``), in which others that use the machine have less of a part.
+
+``--baseline`` prints the ratios of an earlier file beside the new ones. It is refused where that was measured on another GPU or with
+other versions, and so is ``--resume``, which would mix both in one file.
 
 Random weights know no next token, so that no step would be certain and every second stream would run. The output layer is
 multiplied by ``SHARPNESS``, so that some steps are; the share of skipped steps stands beside the ratio. Random weights have no
@@ -17,6 +20,7 @@ sinks either: VAR's tau is lowered until there are.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 import warnings
@@ -306,17 +310,44 @@ def _joined(rows: Sequence[Row]) -> Row:
     return shown | medians | {"unedited_seconds": [second for row in rows for second in row["unedited_seconds"]]}
 
 
-def captions_table(rows: Sequence[Row]) -> str:
-    """Settings down, modes across: ratio to the unedited model, in bold above its goal."""
+# What ratios of one table must have in common.
+MACHINE = ("gpu", "driver", "python", "torch", "transformers", "cuda", "cudnn", "triton")
+
+
+def same_machine(file: Path, meta: dict[str, Any]) -> list[Row]:
+    """The rows of an earlier file.
+
+    Raises:
+        ValueError: it can't be read, is of another program, or was measured on another GPU or with other versions.
+    """
+    try:
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        rows: list[Row] = earlier["rows"]
+        before: dict[str, Any] = earlier["meta"]
+        modes = {row["mode"] for row in rows}
+    except (OSError, ValueError, TypeError, KeyError) as problem:
+        raise ValueError(f"{file} is no file of bench.captions: {short(problem)}") from problem
+    if not modes <= ROUNDS.keys():
+        raise ValueError(f"{file} is no file of bench.captions: it has the modes {', '.join(sorted(modes))}")
+    told = [f"{name} {before.get(name)} there, {meta[name]} here" for name in MACHINE if before.get(name) != meta[name]]
+    if told:
+        raise ValueError(f"{file} was measured elsewhere ({'; '.join(told)}): give another file or measure it anew")
+    return rows
+
+
+def captions_table(rows: Sequence[Row], earlier: Sequence[Row] = ()) -> str:
+    """Settings down, modes across: ratio to the unedited model, in bold above its goal; behind it the earlier one."""
     names = list(dict.fromkeys(row["setting"] for row in rows))
     found = {(row["setting"], row["mode"]): row for row in rows}
+    before = {(row["setting"], row["mode"]): row["ratio"] for row in earlier if "error" not in row}
 
     def cell(name: str, mode: str) -> str:
         row = found.get((name, mode))
         if row is None or "error" in row:
             return "-" if row is None else "failed"
         text = number(row["ratio"])
-        return f"**{text}**" if row["goal"] is not None and row["ratio"] > row["goal"] else text
+        text = f"**{text}**" if row["goal"] is not None and row["ratio"] > row["goal"] else text
+        return f"{text} (was {number(before[name, mode])})" if (name, mode) in before else text
 
     body = []
     for name in names:
@@ -330,18 +361,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_options(parser)
     parser.add_argument("--out", type=Path, help="default: bench/results/captions-h200.json; none in a smoke run")
+    parser.add_argument("--baseline", type=Path, help="an earlier file, whose ratios are printed beside the new ones")
     options = parser.parse_args()
     if not options.smoke and not torch.cuda.is_available():
         parser.error("there is no GPU here; --smoke tries the program on the CPU")
     warnings.filterwarnings("ignore", category=attn_hooks.EditNeverActedWarning)
     out = options.out or (None if options.smoke else Path("bench/results/captions-h200.json"))
     results = Results(out, environment("bench.captions", sys.argv[1:], options.commit), ("setting", "mode"))
+    try:
+        earlier = same_machine(options.baseline, results.meta) if options.baseline else []
+        if options.resume and out is not None and out.exists():
+            same_machine(out, results.meta)
+    except ValueError as problem:
+        parser.error(str(problem))
     if options.resume:
         results.resume()
     with torch.no_grad():
         Captions(options, results, Budget(options.budget_seconds, options.started)).run()
     results.write()
-    print(captions_table(results.rows))
+    print(captions_table(results.rows, earlier))
     for note in results.meta.get("skipped", []):
         print(f"skipped: {note}")
 

@@ -20,6 +20,8 @@ PACKAGES = (
     "nltk",
     "spacy",
 )
+# Those that can change what an unedited model answers.
+PACKAGES_OF_ANSWERS = ("torch", "transformers", "tokenizers", "pillow")
 
 
 def describe_environment() -> dict[str, Any]:
@@ -34,6 +36,13 @@ def describe_environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch_threads": torch.get_num_threads(),
     }
+
+
+def unlike(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """What of two environments can make an unedited model answer otherwise, or in another time: ``gpu A and B``, ..."""
+    pairs = {"gpu": (first["gpu"], second["gpu"])}
+    pairs |= {name: (first["packages"].get(name), second["packages"].get(name)) for name in PACKAGES_OF_ANSWERS}
+    return [f"{name} {one or 'none'} and {other or 'none'}" for name, (one, other) in pairs.items() if one != other]
 
 
 def _version(package: str) -> str | None:

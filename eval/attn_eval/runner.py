@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import attn_hooks
-from attn_eval.environment import describe_environment
+from attn_eval.environment import describe_environment, unlike
 from attn_eval.generation import Answer, answer_questions, generate_answers, plan_batches, plan_questions
 from attn_eval.image_prompts import ImagePrompts
 from attn_eval.loading import load_model, load_vision_model
@@ -36,7 +36,7 @@ from attn_eval.results import (
     timing_of,
 )
 from attn_eval.rows import Row, data_sha256, write_rows
-from attn_eval.run_log import BASELINE, EDITED, FORMAT_VERSION, Record, RunLog
+from attn_eval.run_log import BASELINE, EDITED, FORMAT_VERSION, RESULTS, Record, RunLog, load_results
 from attn_eval.tasks import GenerationTask, LengthTask, TaskSettings
 from attn_eval.tasks.images import ImageTask, Question, Reply, decode
 from attn_eval.yes_no import NO, YES
@@ -123,6 +123,7 @@ def run_recipe(
     if baseline is not None:
         log.take_baseline(baseline)
         notes.append(f"the answers without edits, and their times, are those of {baseline}")
+        notes += _made_elsewhere(baseline)
 
     runs = [BASELINE, EDITED] if edits else [BASELINE]
     started = time.perf_counter()
@@ -210,6 +211,16 @@ def _run_task(
                 progress.advance(bar, fresh)
             if run == EDITED:
                 log.add_report(name, len(missing), attn_hooks.report(asker.model).to_dict())
+
+
+def _made_elsewhere(baseline: Path) -> list[str]:
+    """A note where the answers that were taken over may differ from this machine's, beside what the edits do."""
+    if not (baseline / RESULTS).is_file():
+        return [f"{baseline} is no finished run, so it is not known on what its answers were made"]
+    changed = unlike(load_results(baseline)["environment"], describe_environment())
+    if not changed:
+        return []
+    return [f"{baseline} was made elsewhere ({', '.join(changed)} here): differences are not the edits' alone"]
 
 
 def _idle_edits(log: RunLog) -> list[str]:

@@ -13,6 +13,7 @@ from rich.console import Console
 import attn_hooks
 from attn_eval import generation, runner
 from attn_eval.comparison import compare_results, left_out
+from attn_eval.environment import describe_environment
 from attn_eval.errors import EvaluationError
 from attn_eval.generation import Answer, generate_answers, plan_batches
 from attn_eval.prompting import PromptEncoder
@@ -146,6 +147,22 @@ def test_a_sweep_asks_the_baseline_once(recipe: Recipe, tmp_path: Path, monkeypa
         *whole["notes"],
         f"the answers without edits, and their times, are those of {tmp_path / 'none'}",
     ]
+
+    made = json.loads((tmp_path / "none" / "results.json").read_text(encoding="utf-8"))
+    made["environment"] |= {
+        "gpu": "another",
+        "packages": made["environment"]["packages"] | {"torch": "1.0", "nltk": "0"},
+    }
+    (tmp_path / "none" / "results.json").write_text(json.dumps(made), encoding="utf-8")
+    elsewhere = run_recipe(recipe, tmp_path / "elsewhere", baseline=tmp_path / "none", console=QUIET)
+    here = describe_environment()
+    assert elsewhere["notes"][-1] == (
+        f"{tmp_path / 'none'} was made elsewhere (gpu another and {here['gpu'] or 'none'}, "
+        f"torch 1.0 and {here['packages']['torch']} here): differences are not the edits' alone"
+    )
+    (tmp_path / "none" / "results.json").unlink()
+    unfinished = run_recipe(recipe, tmp_path / "unfinished", baseline=tmp_path / "none", console=QUIET)
+    assert "is no finished run" in unfinished["notes"][-1]
 
     with pytest.raises(EvaluationError, match=r"no run.json .* give --baseline"):
         run_recipe(recipe, tmp_path / "other", baseline=tmp_path, console=QUIET)
