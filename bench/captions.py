@@ -9,8 +9,8 @@ call a step, no step skipped. The unedited model has a turn before and after eve
 ``generate`` goes through the settings several times, every other time backwards, and gives the median of the ratios. Beside it
 stands the same of the host's own time (``host``), in which others that use the machine have less of a part.
 
-``--baseline`` prints the ratios of an earlier file beside the new ones. It is refused where that was measured on another GPU or with
-other versions, and so is ``--resume``, which would mix both in one file.
+``--baseline`` prints the ratios of an earlier file beside the new ones. It is refused where that was measured on another GPU or
+with other versions, and so is ``--resume``, which would mix both in one file.
 
 Random weights know no next token, so that no step would be certain and every second stream would run. The output layer is
 multiplied by ``SHARPNESS``, so that some steps are; the share of skipped steps stands beside the ratio. Random weights have no
@@ -339,7 +339,7 @@ def captions_table(rows: Sequence[Row], earlier: Sequence[Row] = ()) -> str:
     """Settings down, modes across: ratio to the unedited model, in bold above its goal; behind it the earlier one."""
     names = list(dict.fromkeys(row["setting"] for row in rows))
     found = {(row["setting"], row["mode"]): row for row in rows}
-    before = {(row["setting"], row["mode"]): row["ratio"] for row in earlier if "error" not in row}
+    before = {(row["setting"], row["mode"], row["new_tokens"]): row["ratio"] for row in earlier if "error" not in row}
 
     def cell(name: str, mode: str) -> str:
         row = found.get((name, mode))
@@ -347,7 +347,8 @@ def captions_table(rows: Sequence[Row], earlier: Sequence[Row] = ()) -> str:
             return "-" if row is None else "failed"
         text = number(row["ratio"])
         text = f"**{text}**" if row["goal"] is not None and row["ratio"] > row["goal"] else text
-        return f"{text} (was {number(before[name, mode])})" if (name, mode) in before else text
+        was = before.get((name, mode, row["new_tokens"]))
+        return text if was is None else f"{text} (was {number(was)})"
 
     body = []
     for name in names:

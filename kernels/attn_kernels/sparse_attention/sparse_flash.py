@@ -27,6 +27,7 @@ SINK_AND_WINDOW_IN_KERNEL, POWER_IN_KERNEL = tl.constexpr(SINK_AND_WINDOW), tl.c
 # Rows and keys of a tile, warps and pipeline stages, by padded head size, for static patterns. Lists bring their own tiles.
 CONFIGS: dict[int, tuple[int, int, int, int]] = {64: (128, 64, 4, 4), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)}
 FEW_QUERIES = (16, 64, 4, 2)
+SMALL_BLOCKS = (64, 64, 4, 3)
 PART_STAGES = 2
 # Of a list each tile's place has to be read first, which takes two stages of the pipeline.
 STAGES_OF_LISTS, FEWER_STAGES_OF_LISTS = 5, 4
@@ -456,6 +457,14 @@ def sparse_flash(
         which, parameters = SINK_AND_WINDOW, (visited.sinks, visited.window, 0)
     elif isinstance(visited, PowerOfTwoBlocks):
         which, parameters = POWER_OF_TWO_BLOCKS, (visited.block, visited.window_blocks, visited.sink_blocks)
+        if (
+            config is None
+            and visited.block < block_n
+            and max(block_d, block_dv) <= 128
+            and query.dtype != torch.float32
+        ):
+            # Rows of several blocks have theirs at several places.
+            block_n, block_m, warps, stages = SMALL_BLOCKS
     else:
         raise TypeError(f"no kernel knows the pattern {visited!r}")
     sinks = None if inputs.sink_logits is None else inputs.sink_logits.expand(batch, num_heads, num_queries)
