@@ -314,7 +314,7 @@ def _joined(rows: Sequence[Row]) -> Row:
 MACHINE = ("gpu", "driver", "python", "torch", "transformers", "cuda", "cudnn", "triton")
 
 
-def same_machine(file: Path, meta: dict[str, Any]) -> list[Row]:
+def rows_of_this_machine(file: Path, meta: dict[str, Any]) -> list[Row]:
     """The rows of an earlier file.
 
     Raises:
@@ -370,9 +370,9 @@ def main() -> None:
     out = options.out or (None if options.smoke else Path("bench/results/captions-h200.json"))
     results = Results(out, environment("bench.captions", sys.argv[1:], options.commit), ("setting", "mode"))
     try:
-        earlier = same_machine(options.baseline, results.meta) if options.baseline else []
+        earlier = rows_of_this_machine(options.baseline, results.meta) if options.baseline else []
         if options.resume and out is not None and out.exists():
-            same_machine(out, results.meta)
+            rows_of_this_machine(out, results.meta)
     except ValueError as problem:
         parser.error(str(problem))
     if options.resume:
