@@ -205,9 +205,14 @@ def sink_dims(place: Place) -> dict[float, tuple[int, ...]]:
 def _one(place: Place, split: str, ask: Ask) -> Any:
     import torch
 
+    from attn_eval import EvaluationError
+    from attn_hooks import AttnHooksError
+
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
     try:
         return measure(place, split, ask)
+    except (EvaluationError, AttnHooksError) as problem:
+        return str(problem)
     except Exception:
         return traceback.format_exc()
 
@@ -263,9 +268,6 @@ def _run(place: Place, studies: Sequence[Study], runs: Runs, out: Path) -> dict[
 
     for split in ("tune", "test"):
         place.scenes_of(split)
-    if any(study.method == "var" for study in studies):
-        dims = sink_dims(place)
-        print(f"dimensions of sinks by tau: {dims}", flush=True)
 
     def completed(study: Study, settings: Settings) -> list[Ask]:
         """With the dimensions that VAR needs; none where no token reaches this tau."""
@@ -281,9 +283,12 @@ def _run(place: Place, studies: Sequence[Study], runs: Runs, out: Path) -> dict[
     for split in ("tune", "test"):
         for number, metrics in zip(beams, runs(split, [Ask(beams=number) for number in beams]), strict=True):
             if metrics is None:
-                raise RuntimeError(runs.errors[0]["error"])
+                raise SystemExit(f"{place.model} can't be measured without edits: {runs.errors[0]['error']}")
             unedited[with_beams(split, number)] = figures(metrics, "baseline")
     refuse_other_answers(out, unedited)
+    if any(study.method == "var" for study in studies):
+        dims = sink_dims(place)
+        print(f"dimensions of sinks by tau: {dims}", flush=True)
     asked = [ask for study in studies for one in study.grid() for ask in completed(study, one)]
     tuned = [
         (ask, figures(metrics, "edited"))
@@ -360,6 +365,10 @@ def refuse_another_run(out: Path, wanted: Mapping[str, Any]) -> None:
     """Exits where the file can't take the results, or holds a run under other conditions."""
     if out.is_dir():
         raise SystemExit(f"--out {out} is a folder: give a file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise SystemExit(f"--out {out} can't be written: {problem}") from problem
     before = (read(out) or {"meta": wanted})["meta"]
     told = [
         f"{name} {before.get(name)} there and {value} here"
@@ -429,7 +438,6 @@ def main() -> None:
     place = Place(given.model.resolve(), given.work.resolve(), given.dtype, given.batch, given.scenes)
     refuse_another_run(given.out, conditions(place))
     found = run(place, [by_method[name] for name in given.methods.split(",")], given.processes, given.out)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
     found = joined(given.out, found)
     given.out.write_text(one_row_a_line(found), encoding="utf-8")
     print(render(found))

@@ -15,6 +15,7 @@ from testbed.vlm.truth import (
     Ask,
     Place,
     Study,
+    _one,
     _run,
     choose,
     joined,
@@ -113,6 +114,8 @@ def test_a_file_keeps_other_methods_and_refuses_other_measurements(tmp_path: Pat
     refuse_another_run(tmp_path / "none.json", {"dtype": 2})
     with pytest.raises(SystemExit, match="is a folder"):
         refuse_another_run(tmp_path, {"dtype": 2})
+    with pytest.raises(SystemExit, match="can't be written"):
+        refuse_another_run(out / "below a file.json", {"dtype": 2})
     refuse_other_answers(tmp_path / "none.json", {"test": {"a": 2}})
     for content, message in (("[]", "no file of this program"), ("{", "can't be read")):
         out.write_text(content, encoding="utf-8")
@@ -153,6 +156,19 @@ def test_beams_are_on_both_sides_of_a_pair(tmp_path: Path, monkeypatch: pytest.M
     assert len(set(folders)) == 4
     assert [named["baseline"] for _, named in calls] == [None, None, folders[1], folders[0]]
     assert calls[2][0][0].edits == ({"method": "opera", "alpha": 2.0},)
+
+
+def test_a_model_that_cannot_be_measured_is_one_line(tmp_path: Path) -> None:
+    place = Place(Path(attn_hooks.testbed_path("testbed-lm")), tmp_path, "float32", 2, 2)
+    said = _one(place, "tune", Ask())
+    assert "Traceback" not in said and "images" in said
+
+    def runs(split: str, asks: list[Ask]) -> list[Any]:
+        return [None for _ in asks]
+
+    runs.errors = [{"error": said}]  # type: ignore[attr-defined]
+    with pytest.raises(SystemExit, match="testbed-lm can't be measured without edits"):
+        _run(place, [Study("var", {})], runs, tmp_path / "out.json")  # type: ignore[arg-type]
 
 
 def test_a_study_with_beams_is_tuned_and_shown_against_beams(tmp_path: Path) -> None:
