@@ -11,7 +11,16 @@ from torch import Tensor
 from attn_hooks import engine
 from attn_hooks.call import AttentionCall
 from attn_hooks.edit import Edit
-from attn_kernels import AttentionInputs, HeadAffine, Order, Primitive, edited_attention, head_affine
+from attn_kernels import (
+    AttentionInputs,
+    HeadAffine,
+    KeyTiles,
+    Order,
+    Primitive,
+    Sparsity,
+    edited_attention,
+    head_affine,
+)
 
 
 def last_row_outputs(edit: Edit, call: AttentionCall) -> Tensor:
@@ -50,7 +59,9 @@ def last_row_of(inputs: AttentionInputs) -> AttentionInputs:
 
 
 def in_last_row(edit: Primitive) -> Primitive:
-    """An edit of a call as it is in the last row alone. Patterns of Sparsity tell rows by their index, and stay."""
+    """An edit of a call as it is in the last row alone. Static patterns tell rows by their position, and stay."""
+    if isinstance(edit, Sparsity) and isinstance(edit.pattern, KeyTiles):
+        return replace(edit, pattern=replace(edit.pattern, chosen=edit.pattern.chosen[:, :, -1:]))
     if isinstance(edit, Order):
         changed: dict[str, Any] = {"allow": _last_rows(edit.allow), "deny": _last_rows(edit.deny)}
         if edit.query_value is not None:

@@ -65,6 +65,7 @@ ATTN_KERNELS = {
     "AttentionInputs",
     "Gate",
     "HeadAffine",
+    "KeyTiles",
     "LogitMap",
     "Order",
     "Pattern",

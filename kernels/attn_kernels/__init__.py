@@ -7,13 +7,14 @@ from attn_kernels.edited_attention.blocked import edited_attention, edited_weigh
 from attn_kernels.edited_attention.lowering import head_selection, indices_of_heads
 from attn_kernels.edited_attention.reference import edited_attention_reference
 from attn_kernels.inputs import AttentionInputs
-from attn_kernels.patterns import Pattern, PowerOfTwoBlocks, SinkAndWindow
+from attn_kernels.patterns import KeyTiles, Pattern, PowerOfTwoBlocks, SinkAndWindow
 from attn_kernels.primitives import Gate, HeadAffine, LogitMap, Order, Primitive, Ranking, Regroup, Sparsity, Tap
 
 __all__ = [
     "AttentionInputs",
     "Gate",
     "HeadAffine",
+    "KeyTiles",
     "LogitMap",
     "Order",
     "Pattern",

@@ -1,7 +1,8 @@
-"""Static visibility patterns: which keys a query visits, as a function of two positions.
+"""Visibility patterns: which keys a query visits.
 
-A pattern knows nothing of tensors' layouts or of models: it answers for positions counted from the sequence's first
-real token, so that left padding moves nothing. Kernels evaluate the same formulas without an index in memory.
+A static pattern is a function of two positions and knows nothing of tensors' layouts or of models: it answers for positions
+counted from the sequence's first real token, so that left padding moves nothing. Kernels evaluate the same formulas without an
+index in memory. Key tiles are chosen by a method for one call.
 """
 
 from __future__ import annotations
@@ -59,3 +60,32 @@ class PowerOfTwoBlocks:
         distance = query_block - key_block
         power_of_two = (distance >= 0) & ((distance & (distance - 1)) == 0)
         return (distance < self.window_blocks) | power_of_two | (key_block < self.sink_blocks)
+
+
+@dataclass(frozen=True)
+class KeyTiles:
+    """Which tiles of keys each tile of queries visits in one call.
+
+    Attributes:
+        chosen: ``(b, h, T, S)`` bool; ``b`` is B or 1, ``h`` the number of query heads, of key and value heads, or 1. What the
+            model itself hides stays hidden.
+        query_tile: rows of a tile: tile t has the call's queries from ``t * query_tile`` on.
+        key_tile: keys of a tile: tile s has the keys from ``s * key_tile`` on, by place, padding counted.
+    """
+
+    chosen: Tensor
+    query_tile: int
+    key_tile: int
+
+    def shown(self, queries: Tensor, num_heads: int, num_keys: int) -> Tensor:
+        """``(b, H|1, n, M)`` bool for the long ``queries`` (n,) of the call."""
+        by_head = (
+            self.chosen
+            if self.chosen.shape[1] == 1
+            else self.chosen.repeat_interleave(num_heads // self.chosen.shape[1], dim=1)
+        )
+        key_tile_of = torch.arange(num_keys, device=self.chosen.device) // self.key_tile
+        return by_head[:, :, queries // self.query_tile][..., key_tile_of]
+
+    def __repr__(self) -> str:
+        return f"key tiles of {self.query_tile} queries and {self.key_tile} keys"

@@ -16,10 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
-from attn_kernels.patterns import Pattern
+from attn_kernels.inputs import AttentionInputs
+from attn_kernels.patterns import KeyTiles, Pattern
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,15 @@ class Order:
 class Sparsity:
     """A query visits only the keys that the pattern shows, out of those it may see. Identity: no Sparsity."""
 
-    pattern: Pattern
+    pattern: Pattern | KeyTiles
     heads: Tensor | None = None
+
+    def shown(self, inputs: AttentionInputs, rows: slice) -> Tensor:
+        """``(B|1, H|1, n, M)`` bool: what the pattern shows to a slice of the queries, before the model's own rules."""
+        if isinstance(self.pattern, KeyTiles):
+            queries = torch.arange(inputs.num_queries, device=inputs.query.device)[rows]
+            return self.pattern.shown(queries, inputs.num_heads, inputs.num_keys)
+        return self.pattern.visible(inputs.query_position[:, None, rows, None], inputs.key_position[:, None, None, :])
 
 
 @dataclass(frozen=True)

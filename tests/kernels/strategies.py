@@ -10,6 +10,7 @@ from attn_kernels import (
     AttentionInputs,
     Gate,
     HeadAffine,
+    KeyTiles,
     LogitMap,
     Order,
     PowerOfTwoBlocks,
@@ -119,8 +120,17 @@ def primitives(draw: st.DrawFn, inputs: AttentionInputs, kinds: tuple[type, ...]
             heads=heads,
         )
     if kind is Sparsity:
-        pattern = draw(st.sampled_from([SinkAndWindow(1, 2), SinkAndWindow(0, 1), PowerOfTwoBlocks(2, 1, 1)]))
-        return Sparsity(pattern, heads=heads)
+        queries, keys = draw(st.sampled_from([(2, 3), (16, 16)]))
+        by_head = draw(st.sampled_from([1, inputs.key.shape[1], num_heads]))
+        size = (
+            draw(st.sampled_from([1, batch])),
+            by_head,
+            -(-inputs.num_queries // queries),
+            -(-inputs.num_keys // keys),
+        )
+        tiles = KeyTiles(_bools(draw, size), queries, keys)
+        static = [SinkAndWindow(1, 2), SinkAndWindow(0, 1), PowerOfTwoBlocks(2, 1, 1)]
+        return Sparsity(draw(st.sampled_from([*static, tiles])), heads=heads)
     if kind is Regroup:
         gate = Gate(_groups(draw, inputs), 0.2, _groups(draw, inputs), 0.5) if draw(st.booleans()) else None
         return Regroup(

@@ -19,6 +19,7 @@ from attn_kernels import (
     AttentionInputs,
     Gate,
     HeadAffine,
+    KeyTiles,
     LogitMap,
     Order,
     PowerOfTwoBlocks,
@@ -172,6 +173,8 @@ MAP = LogitMap(SOME_KEYS, bias=1.0)
         (small(), [Sparsity(SinkAndWindow(1, 4)), HeadAffine(gain=torch.tensor([1.0, 2.0]))], "sparse flash", "visits"),
         (small(), [Sparsity(SinkAndWindow(1, 4)), Sparsity(SinkAndWindow(0, 2))], "pytorch", "more than one Sparsity"),
         (small(), [Sparsity(SinkAndWindow(1, 4)), MAP], "pytorch", "beside other edits"),
+        (small(), [Sparsity(KeyTiles(torch.ones(1, 1, 3, 3) > 0, 16, 16))], "sparse flash", "key tiles of 16"),
+        (small(), [Sparsity(KeyTiles(torch.ones(1, 1, 4, 3) > 0, 10, 16))], "pytorch", "key tiles of 10"),
         (small(), [Sparsity(Diagonal())], "pytorch", "the pattern Diagonal"),
         (small(causal=False), [Sparsity(SinkAndWindow(1, 4))], "pytorch", "not causal"),
         (

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attn_kernels import AttentionInputs, PowerOfTwoBlocks, SinkAndWindow
+from attn_kernels import AttentionInputs, KeyTiles, PowerOfTwoBlocks, SinkAndWindow, Sparsity
 from attn_kernels.patterns import Pattern
 from attn_kernels.sparse_attention.sparse_flash import sparse_flash
-from attn_kernels.sparse_attention.visits import Lists, Visits, lists_of
+from attn_kernels.sparse_attention.visits import Lists, Visits, lists_of, visits_of
 from tests.kernels.triton_device import DEVICE, on_device
 
 # Tiles so small that a toy call has several of them.
@@ -121,6 +121,25 @@ def test_lists_equal_their_mask(case: tuple[AttentionInputs, Tensor | None], hea
     assert visits.counted(inputs).max() <= 1
     found = sparse_flash(inputs, visits, first_keys=first_keys, with_log_sum_exp=True, config=SMALL)
     compare(found, expected(inputs, visits.visited(inputs)))
+
+
+@given(padded_calls(), st.sampled_from(["all", "kv", "query"]), st.floats(0, 1), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_chosen_tiles_equal_their_mask(
+    case: tuple[AttentionInputs, Tensor | None], heads: str, share: float, seed: int
+) -> None:
+    """Chosen without regard to what the model hides."""
+    inputs, first_keys = case
+    list_heads = {"all": 1, "kv": inputs.key.shape[1], "query": inputs.num_heads}[heads]
+    shape = (inputs.query.shape[0], list_heads, -(-inputs.num_queries // SMALL[0]), -(-inputs.num_keys // SMALL[1]))
+    chosen = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
+    tiles = KeyTiles(chosen.to(DEVICE), *SMALL[:2])
+    visits = visits_of(tiles, inputs, first_keys)
+    assert visits.counted(inputs).max() <= 1
+    found = sparse_flash(inputs, visits, first_keys=first_keys, with_log_sum_exp=True, config=SMALL)
+    shown = Sparsity(tiles).shown(inputs, slice(0, inputs.num_queries))
+    visible = inputs.visible(slice(0, inputs.num_queries)) & shown
+    compare(found, expected(inputs, visible.expand(-1, inputs.num_heads, -1, -1)))
 
 
 def plain_call(num_queries: int, num_keys: int, head_dim: int, dtype: torch.dtype = torch.float32) -> AttentionInputs:

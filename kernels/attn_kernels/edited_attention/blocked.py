@@ -228,9 +228,8 @@ class _Block:
                 visible = ordered if scope is None else torch.where(scope, ordered, visible)
         for edit in self.edits:
             if isinstance(edit, Sparsity):
-                shown = edit.pattern.visible(
-                    inputs.query_position[:, None, rows, None], inputs.key_position[:, None, None, :]
-                )
+                shown = edit.shown(inputs, rows)
+                shown = shown if shown.shape[1] == 1 else shown[:, self.heads]
                 scope = self._scope(edit.heads, None)
                 visible = visible & (shown if scope is None else shown | ~scope)
         return visible

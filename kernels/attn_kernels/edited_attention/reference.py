@@ -83,9 +83,8 @@ def _allowed(inputs: AttentionInputs, edits: Sequence[Primitive], b: int, h: int
                     allowed = allowed & ~keys[b % keys.shape[0]]
     for edit in edits:
         if isinstance(edit, Sparsity) and _in_scope(edit.heads, None, b, h, i):
-            query_position = inputs.query_position[b % inputs.query_position.shape[0], i]
-            key_position = inputs.key_position[b % inputs.key_position.shape[0]]
-            allowed = allowed & edit.pattern.visible(query_position, key_position)
+            shown = edit.shown(inputs, slice(i, i + 1))
+            allowed = allowed & shown[b % shown.shape[0], h % shown.shape[1], 0]
     return allowed
 
 

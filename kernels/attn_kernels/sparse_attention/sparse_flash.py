@@ -417,11 +417,6 @@ def _sparse_flash(
         )
 
 
-def has_kernel(pattern: Pattern) -> bool:
-    """Whether the kernel knows a static pattern."""
-    return isinstance(pattern, SinkAndWindow | PowerOfTwoBlocks)
-
-
 def sparse_flash(
     inputs: AttentionInputs,
     visited: Pattern | Visits,

@@ -12,9 +12,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from attn_kernels.edited_attention.head_affine import head_affine_
 from attn_kernels.edited_attention.lowering import LoweredEdits, NotLowered, indices_of_heads, lower, selected_heads
 from attn_kernels.inputs import AttentionInputs
+from attn_kernels.patterns import KeyTiles, Pattern, PowerOfTwoBlocks, SinkAndWindow
 from attn_kernels.primitives import HeadAffine, Primitive, Sparsity
-from attn_kernels.sparse_attention.sparse_flash import has_kernel, sparse_flash
+from attn_kernels.sparse_attention.sparse_flash import sparse_flash
+from attn_kernels.sparse_attention.visits import visits_of
 
+# Rows or keys of a tile that the matrix units take, and that fit into a multiprocessor.
+TILE_SIZES = (16, 32, 64, 128)
 ROWS_COMPARED_AT_ONCE = 1024
 
 
@@ -26,9 +30,18 @@ def lower_sparsity(inputs: AttentionInputs, edits: Sequence[Primitive]) -> Lower
         raise NotLowered("more than one Sparsity")
     if len(affine) + 1 < len(edits):
         raise NotLowered("a Sparsity beside other edits of the weights")
-    if not has_kernel(patterns[0].pattern):
-        raise NotLowered(f"the pattern {patterns[0].pattern}")
+    refusal = pattern_refusal(patterns[0].pattern)
+    if refusal is not None:
+        raise NotLowered(refusal)
     return replace(lower(inputs, affine), sparsity=patterns[0], heads=selected_heads(edits), unscoped=None)
+
+
+def pattern_refusal(pattern: Pattern | KeyTiles) -> str | None:
+    """Why no kernel knows a pattern; None if one does."""
+    if isinstance(pattern, KeyTiles):
+        sizes = (pattern.query_tile, pattern.key_tile)
+        return None if all(size in TILE_SIZES for size in sizes) else f"{pattern}: tiles are of {TILE_SIZES}"
+    return None if isinstance(pattern, SinkAndWindow | PowerOfTwoBlocks) else f"the pattern {pattern}"
 
 
 def sparse_refusal(inputs: AttentionInputs) -> str | None:
@@ -58,7 +71,9 @@ def sparse_attention(
     output = None if heads is None or len(heads) == inputs.num_heads else dense(inputs)
     if heads is None or len(heads):
         first_keys = _padding(inputs)[0] if inputs.padded else None
-        output, _ = sparse_flash(inputs, sparsity.pattern, heads, output, first_keys)
+        pattern = sparsity.pattern
+        visited = visits_of(pattern, inputs, first_keys) if isinstance(pattern, KeyTiles) else pattern
+        output, _ = sparse_flash(inputs, visited, heads, output, first_keys)
     assert output is not None
     if lowered.gain is not None:
         head_affine_(output, lowered, lowered.heads)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attn_kernels.inputs import AttentionInputs
+from attn_kernels.patterns import KeyTiles
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,45 @@ def lists_of(chosen: Tensor) -> Lists:
     counts = chosen.sum(-1).flatten()
     ends = counts.cumsum(0)
     begin = torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
-    tiles = chosen.shape[2]
-    rows = torch.arange(chosen.shape[0] * chosen.shape[1], device=chosen.device).view(chosen.shape[:2])
-    places = rows[..., None] * tiles + torch.arange(tiles + 1, device=chosen.device)
-    return Lists(begin[places].contiguous(), chosen.nonzero()[:, -1].to(torch.int32))
+    return Lists(begin[_places_of_begin(chosen)].contiguous(), chosen.nonzero()[:, -1].to(torch.int32))
+
+
+def visits_of(tiles: KeyTiles, inputs: AttentionInputs, first_keys: Tensor | None) -> Visits:
+    """The lists of chosen tiles, without those that causality, padding on the left (``first_keys`` ``(B,)``) and the window hide
+    in full. Does not wait for the device."""
+    device = inputs.query.device
+    number_of_tiles, number_of_key_tiles = tiles.chosen.shape[2:]
+    first_row = inputs.query_offset + torch.arange(number_of_tiles, device=device)[:, None] * tiles.query_tile
+    last_row = (first_row + tiles.query_tile - 1).clamp(max=inputs.query_offset + inputs.num_queries - 1)
+    first = torch.arange(number_of_key_tiles, device=device)[None, :] * tiles.key_tile
+    last = first + tiles.key_tile - 1
+    seen, in_full = first <= last_row, (last <= first_row) & (last < inputs.num_keys)
+    if inputs.window is not None:
+        seen, in_full = seen & (last > first_row - inputs.window), in_full & (first > last_row - inputs.window)
+    if first_keys is not None:
+        begin = first_keys[:, None, None, None]
+        # A row of padding sees no key.
+        seen, in_full = seen & (last >= begin), in_full & (first >= begin) & (first_row >= begin)
+    whole = _lists_without_waiting(tiles.chosen & in_full)
+    part = _lists_without_waiting(tiles.chosen & seen & ~in_full)
+    return Visits(tiles.query_tile, tiles.key_tile, whole, part)
+
+
+def _lists_without_waiting(chosen: Tensor) -> Lists:
+    """As ``lists_of``, in a pool that would hold every entry."""
+    size = chosen.numel()
+    ends = chosen.sum(-1).flatten().cumsum(0)
+    begin = torch.cat([ends.new_zeros(1), ends])
+    place = begin[:-1].view(chosen.shape[:-1])[..., None] + chosen.cumsum(-1) - 1
+    entry = torch.arange(chosen.shape[-1], device=chosen.device, dtype=torch.int32).expand(chosen.shape)
+    # What is not chosen goes to a place of its own behind all lists.
+    pool = torch.empty(size + 1, dtype=torch.int32, device=chosen.device)
+    pool.scatter_(0, torch.where(chosen, place, size).flatten(), entry.flatten())
+    return Lists(begin[_places_of_begin(chosen)].contiguous(), pool)
+
+
+def _places_of_begin(chosen: Tensor) -> Tensor:
+    """``(b, h, tiles + 1)``: where each list's beginning, and the last one's end, stand in all of them one after the other."""
+    batch, heads, tiles = chosen.shape[:3]
+    rows = torch.arange(batch * heads, device=chosen.device).view(batch, heads, 1)
+    return rows * tiles + torch.arange(tiles + 1, device=chosen.device)
