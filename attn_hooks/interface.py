@@ -473,7 +473,8 @@ def _read_call(
         shared = sequence.of_forward[place] = share(sequence.layout, *place)
     mask, bias = None, None
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
-        attention_mask = attention_mask[..., :num_keys]
+        if attention_mask.shape[-1] > num_keys:
+            attention_mask = attention_mask[..., :num_keys]
         mask, bias = (attention_mask, None) if attention_mask.dtype == torch.bool else (None, attention_mask)
     elif attention_mask is not None:
         raise refuse("attention_mask", "Only 4-D masks are read.")

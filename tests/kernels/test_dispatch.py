@@ -192,6 +192,15 @@ def test_the_path_and_why(inputs: AttentionInputs, edits: list[Primitive], name:
     assert why in path.why
 
 
+def test_a_mask_that_changes_in_place_is_read_again() -> None:
+    index = torch.arange(40)
+    mask = (index <= index[:, None])[None, None].clone()
+    inputs, edits = small(mask=mask), [Sparsity(SinkAndWindow(1, 4))]
+    assert check(inputs, edits).name == "sparse flash"
+    mask[..., 20:, 18] = False
+    assert check(inputs, edits).name == "pytorch"
+
+
 def test_taps_dropout_gradients_of_an_order_and_float64_go_to_pytorch() -> None:
     received: list[Tensor] = []
     tapped = [MAP, Tap("log_sum_exp", received.append)]

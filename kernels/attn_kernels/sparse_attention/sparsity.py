@@ -53,12 +53,14 @@ def sparse_refusal(inputs: AttentionInputs) -> str | None:
     given = inputs.mask if inputs.mask is not None else inputs.bias
     if given is None:
         return None
-    if given not in _is_plain:
-        _is_plain[given] = all(
+    version, is_plain = _is_plain.get(given, (None, False))
+    if version != _version(given):
+        is_plain = all(
             bool(_says_nothing_else(inputs, slice(first, first + ROWS_COMPARED_AT_ONCE)))
             for first in range(0, inputs.num_queries, ROWS_COMPARED_AT_ONCE)
         )
-    return None if _is_plain[given] else "a mask of its own"
+        _is_plain[given] = _version(given), is_plain
+    return None if is_plain else "a mask of its own"
 
 
 def sparse_attention(
@@ -82,12 +84,15 @@ def sparse_attention(
 
 def _padding(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """Each sample's first real key ``(B,)`` int32, and whether all keys up to the last query's are real from there on ``()``."""
-    if inputs.key_valid not in _paddings:
+    place = (_version(inputs.key_valid), inputs.query_offset, inputs.num_queries, inputs.query.shape[0])
+    known = _paddings.get(inputs.key_valid)
+    if known is None or known[0] != place:
         valid = inputs.key_valid[:, : inputs.query_offset + inputs.num_queries].expand(inputs.query.shape[0], -1)
-        place = torch.arange(valid.shape[1], device=valid.device)
-        first = torch.where(valid, place, valid.shape[1]).amin(1)
-        _paddings[inputs.key_valid] = first.to(torch.int32), (valid == (place >= first[:, None])).all()
-    return _paddings[inputs.key_valid]
+        index = torch.arange(valid.shape[1], device=valid.device)
+        first = torch.where(valid, index, valid.shape[1]).amin(1)
+        known = (place, first.to(torch.int32), (valid == (index >= first[:, None])).all())
+        _paddings[inputs.key_valid] = known
+    return known[1], known[2]
 
 
 def _says_nothing_else(inputs: AttentionInputs, rows: slice) -> Tensor:
@@ -101,5 +106,11 @@ def _says_nothing_else(inputs: AttentionInputs, rows: slice) -> Tensor:
     return (same | ~inputs.query_valid[:, None, rows, None]).all()
 
 
-_paddings: MutableMapping[Tensor, tuple[Tensor, Tensor]] = WeakTensorKeyDictionary()
-_is_plain: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
+def _version(tensor: Tensor) -> int:
+    """Changes with every change in place; inference tensors do not count theirs."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+# Layers share their masks: what was found of one serves until it is changed.
+_paddings: MutableMapping[Tensor, tuple[tuple[int, ...], Tensor, Tensor]] = WeakTensorKeyDictionary()
+_is_plain: MutableMapping[Tensor, tuple[int, bool]] = WeakTensorKeyDictionary()
