@@ -30,7 +30,7 @@ def last_row_outputs(edit: Edit, call: AttentionCall) -> Tensor:
     """
     if call.inputs.padded and not bool(call.inputs.query_valid[:, -1].all()):
         raise edit.refuse_phase(call, "prompts must end in the same column. Pad them on the left.")
-    inputs, earlier = last_row_of(call.inputs), [in_last_row(primitive) for primitive in call.earlier]
+    inputs, earlier = last_row_of(call.inputs), [in_last_row(edit, call.inputs) for edit in call.earlier]
     if engine.has_kernels(inputs):
         from attn_kernels.edited_attention import dispatch
 
@@ -58,10 +58,10 @@ def last_row_of(inputs: AttentionInputs) -> AttentionInputs:
     return replace(inputs, **changed)
 
 
-def in_last_row(edit: Primitive) -> Primitive:
+def in_last_row(edit: Primitive, inputs: AttentionInputs) -> Primitive:
     """An edit of a call as it is in the last row alone. Static patterns tell rows by their position, and stay."""
     if isinstance(edit, Sparsity) and isinstance(edit.pattern, KeyTiles):
-        return replace(edit, pattern=replace(edit.pattern, chosen=edit.pattern.chosen[:, :, -1:]))
+        return replace(edit, pattern=edit.pattern.of_last_row(inputs))
     if isinstance(edit, Order):
         changed: dict[str, Any] = {"allow": _last_rows(edit.allow), "deny": _last_rows(edit.deny)}
         if edit.query_value is not None:

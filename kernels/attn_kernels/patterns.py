@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from attn_kernels.inputs import AttentionInputs
+
 
 class Pattern(Protocol):
     """Anything that tells visible pairs from invisible ones; causality is not its business."""
@@ -66,26 +68,55 @@ class PowerOfTwoBlocks:
 class KeyTiles:
     """Which tiles of keys each tile of queries visits in one call.
 
+    Both are counted from a sample's first real query and key, so that padding on the left moves nothing.
+
     Attributes:
         chosen: ``(b, h, T, S)`` bool; ``b`` is B or 1, ``h`` the number of query heads, of key and value heads, or 1. What the
             model itself hides stays hidden.
         query_tile: rows of a tile: tile t has the call's queries from ``t * query_tile`` on.
-        key_tile: keys of a tile: tile s has the keys from ``s * key_tile`` on, by place, padding counted.
+        key_tile: keys of a tile: tile s has the keys from ``s * key_tile`` on.
     """
 
     chosen: Tensor
     query_tile: int
     key_tile: int
 
-    def shown(self, queries: Tensor, num_heads: int, num_keys: int) -> Tensor:
-        """``(b, H|1, n, M)`` bool for the long ``queries`` (n,) of the call."""
-        by_head = (
-            self.chosen
-            if self.chosen.shape[1] == 1
-            else self.chosen.repeat_interleave(num_heads // self.chosen.shape[1], dim=1)
+    def shown(self, inputs: AttentionInputs, rows: slice) -> Tensor:
+        """``(B|1, H|1, n, M)`` bool for a slice of the call's queries."""
+        chosen, device = self.chosen, self.chosen.device
+        if chosen.shape[1] > 1:
+            chosen = chosen.repeat_interleave(inputs.num_heads // chosen.shape[1], dim=1)
+        first_key = first_real_key(inputs)[:, None]
+        # What lies before is padding, which nobody sees.
+        of_query = self._tile_of(torch.arange(inputs.num_queries, device=device)[rows], inputs)
+        of_key = (torch.arange(inputs.num_keys, device=device) - first_key).clamp(min=0) // self.key_tile
+        samples = max(len(chosen), len(first_key))
+        return torch.stack(
+            [
+                chosen[sample % len(chosen)][:, of_query[sample % len(of_query)]][..., of_key[sample % len(of_key)]]
+                for sample in range(samples)
+            ]
         )
-        key_tile_of = torch.arange(num_keys, device=self.chosen.device) // self.key_tile
-        return by_head[:, :, queries // self.query_tile][..., key_tile_of]
+
+    def of_last_row(self, inputs: AttentionInputs) -> KeyTiles:
+        """The same for the call's last query alone."""
+        tile = self._tile_of(torch.tensor([inputs.num_queries - 1], device=self.chosen.device), inputs)[
+            :, :, None, None
+        ]
+        samples = max(len(self.chosen), len(tile))
+        chosen = self.chosen.expand(samples, -1, -1, -1)
+        place = tile.transpose(1, 2).expand(samples, chosen.shape[1], 1, chosen.shape[3])
+        return KeyTiles(chosen.gather(2, place), self.query_tile, self.key_tile)
+
+    def _tile_of(self, queries: Tensor, inputs: AttentionInputs) -> Tensor:
+        """``(B|1, n)``: the tiles of queries ``(n,)``; the first one's for rows of padding."""
+        first_row = (first_real_key(inputs)[:, None] - inputs.query_offset).clamp(min=0)
+        return (queries - first_row).clamp(min=0) // self.query_tile
 
     def __repr__(self) -> str:
         return f"key tiles of {self.query_tile} queries and {self.key_tile} keys"
+
+
+def first_real_key(inputs: AttentionInputs) -> Tensor:
+    """``(B|1,)`` long: the place of each sample's first real key; 0 where it has none."""
+    return inputs.key_valid.long().argmax(-1)

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -69,8 +68,7 @@ class Sparsity:
     def shown(self, inputs: AttentionInputs, rows: slice) -> Tensor:
         """``(B|1, H|1, n, M)`` bool: what the pattern shows to a slice of the queries, before the model's own rules."""
         if isinstance(self.pattern, KeyTiles):
-            queries = torch.arange(inputs.num_queries, device=inputs.query.device)[rows]
-            return self.pattern.shown(queries, inputs.num_heads, inputs.num_keys)
+            return self.pattern.shown(inputs, rows)
         return self.pattern.visible(inputs.query_position[:, None, rows, None], inputs.key_position[:, None, None, :])
 
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from attn_hooks.last_row import in_last_row, last_row_of
 from attn_kernels import AttentionInputs, KeyTiles, PowerOfTwoBlocks, SinkAndWindow, Sparsity
-from attn_kernels.patterns import Pattern
+from attn_kernels.patterns import Pattern, first_real_key
 from attn_kernels.sparse_attention.sparse_flash import sparse_flash
 from attn_kernels.sparse_attention.visits import Lists, Visits, lists_of, visits_of
 from tests.kernels.triton_device import DEVICE, on_device
@@ -72,11 +73,13 @@ def patterned(inputs: AttentionInputs, pattern: Pattern) -> Tensor:
     return visible.expand(inputs.query.shape[0], inputs.num_heads, -1, -1)
 
 
-def compare(found: tuple[Tensor, Tensor | None], wanted: tuple[Tensor, Tensor]) -> None:
+def compare(inputs: AttentionInputs, found: tuple[Tensor, Tensor | None], wanted: tuple[Tensor, Tensor]) -> None:
+    """Log-sum-exps of real rows alone: in rows of padding a sink logit may be left out."""
     output, log_sum_exp = found
     assert log_sum_exp is not None
     torch.testing.assert_close(output.double().cpu(), wanted[0], rtol=2e-3, atol=2e-3)
-    torch.testing.assert_close(log_sum_exp.double().cpu(), wanted[1], rtol=2e-3, atol=2e-3)
+    real = inputs.query_valid.cpu()[:, None].expand(wanted[1].shape)
+    torch.testing.assert_close(log_sum_exp.double().cpu()[real], wanted[1][real], rtol=2e-3, atol=2e-3)
 
 
 PATTERNS = st.one_of(
@@ -90,24 +93,28 @@ PATTERNS = st.one_of(
 def test_static_patterns_equal_their_mask(case: tuple[AttentionInputs, Tensor | None], pattern: Pattern) -> None:
     inputs, first_keys = case
     found = sparse_flash(inputs, pattern, first_keys=first_keys, with_log_sum_exp=True, config=SMALL)
-    compare(found, expected(inputs, patterned(inputs, pattern)))
+    compare(inputs, found, expected(inputs, patterned(inputs, pattern)))
 
 
-def random_visits(inputs: AttentionInputs, first_keys: Tensor | None, list_heads: int, seed: int) -> Visits:
+def random_visits(inputs: AttentionInputs, list_heads: int, seed: int) -> Visits:
     """Some key tiles, whole where every query sees them, and some single keys of the other tiles."""
     generator = torch.Generator().manual_seed(seed)
     batch, size = inputs.query.shape[0], SMALL[0]
     tiles, key_tiles = -(-inputs.num_queries // size), -(-inputs.num_keys // size)
     shape = (batch, list_heads, tiles, key_tiles)
     chosen = torch.rand(shape, generator=generator) < 0.4
-    seen = torch.nn.functional.pad(
-        inputs.visible(slice(0, inputs.num_queries)).cpu().expand(batch, 1, -1, -1),
-        (0, key_tiles * size - inputs.num_keys),
-    )
-    rows = torch.nn.functional.pad(seen, (0, 0, 0, tiles * size - inputs.num_queries), value=True)
-    by_all = rows.unflatten(3, (key_tiles, size)).unflatten(2, (tiles, size)).all(-1).all(3)
-    by_tile = chosen.repeat_interleave(size, 3)[..., : inputs.num_keys]
-    seen_by_all = rows.unflatten(2, (tiles, size)).all(3)[..., : inputs.num_keys]
+    seen = torch.zeros(batch, 1, tiles * size, key_tiles * size, dtype=torch.bool)
+    visible = inputs.visible(slice(0, inputs.num_queries)).cpu().expand(batch, 1, -1, -1)
+    for sample, first_key in enumerate(first_real_key(inputs).expand(batch).tolist()):
+        first_row = max(0, first_key - inputs.query_offset)
+        own = visible[sample, :, first_row:, first_key:]
+        # Rows beyond the last do not matter.
+        seen[sample, :, own.shape[1] :] = True
+        seen[sample, :, : own.shape[1], : own.shape[2]] = own
+        seen[sample, :, :, own.shape[2] :] = False
+    by_all = seen.unflatten(3, (key_tiles, size)).unflatten(2, (tiles, size)).all(-1).all(3)
+    by_tile = chosen.repeat_interleave(size, 3)
+    seen_by_all = seen.unflatten(2, (tiles, size)).all(3)
     columns = (torch.rand(by_tile.shape, generator=generator) < 0.4) & seen_by_all & ~by_tile
     return on_device(Visits(size, size, lists_of(chosen & by_all), lists_of(chosen & ~by_all), lists_of(columns)))
 
@@ -117,10 +124,10 @@ def random_visits(inputs: AttentionInputs, first_keys: Tensor | None, list_heads
 def test_lists_equal_their_mask(case: tuple[AttentionInputs, Tensor | None], heads: str, seed: int) -> None:
     inputs, first_keys = case
     list_heads = {"all": 1, "kv": inputs.key.shape[1], "query": inputs.num_heads}[heads]
-    visits = random_visits(inputs, first_keys, list_heads, seed)
+    visits = random_visits(inputs, list_heads, seed)
     assert visits.counted(inputs).max() <= 1
     found = sparse_flash(inputs, visits, first_keys=first_keys, with_log_sum_exp=True, config=SMALL)
-    compare(found, expected(inputs, visits.visited(inputs)))
+    compare(inputs, found, expected(inputs, visits.visited(inputs)))
 
 
 @given(padded_calls(), st.sampled_from(["all", "kv", "query"]), st.floats(0, 1), st.integers(0, 2**31))
@@ -139,7 +146,11 @@ def test_chosen_tiles_equal_their_mask(
     found = sparse_flash(inputs, visits, first_keys=first_keys, with_log_sum_exp=True, config=SMALL)
     shown = Sparsity(tiles).shown(inputs, slice(0, inputs.num_queries))
     visible = inputs.visible(slice(0, inputs.num_queries)) & shown
-    compare(found, expected(inputs, visible.expand(-1, inputs.num_heads, -1, -1)))
+    compare(inputs, found, expected(inputs, visible.expand(-1, inputs.num_heads, -1, -1)))
+    last = in_last_row(Sparsity(tiles), inputs)
+    assert isinstance(last, Sparsity)
+    of_last_row = last.shown(last_row_of(inputs), slice(0, 1)) & inputs.key_valid[:, None, None]
+    assert torch.equal(of_last_row, (shown & inputs.key_valid[:, None, None])[:, :, -1:].expand_as(of_last_row))
 
 
 def plain_call(num_queries: int, num_keys: int, head_dim: int, dtype: torch.dtype = torch.float32) -> AttentionInputs:

@@ -22,7 +22,8 @@ from attn_kernels.sparse_attention.visits import Visits
 
 # How a program finds its keys.
 LISTS, SINK_AND_WINDOW, POWER_OF_TWO_BLOCKS = 0, 1, 2
-SINK_AND_WINDOW_IN_KERNEL, POWER_IN_KERNEL = tl.constexpr(SINK_AND_WINDOW), tl.constexpr(POWER_OF_TWO_BLOCKS)
+LISTS_IN_KERNEL, SINK_AND_WINDOW_IN_KERNEL = tl.constexpr(LISTS), tl.constexpr(SINK_AND_WINDOW)
+POWER_IN_KERNEL = tl.constexpr(POWER_OF_TWO_BLOCKS)
 
 # Rows and keys of a tile, warps and pipeline stages, by padded head size, for static patterns. Lists bring their own tiles.
 CONFIGS: dict[int, tuple[int, int, int, int]] = {64: (128, 64, 4, 4), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)}
@@ -248,16 +249,20 @@ def _sparse_flash(
     else:
         head = tl.program_id(1).to(tl.int64)
     kv_head = head // heads_per_kv
+    first_key = 0
     first_row = row_tile * BLOCK_N
+    if HAS_PADDING:
+        first_key = tl.load(first_keys + batch).to(tl.int32)
+        if PATTERN == LISTS_IN_KERNEL:
+            # Tiles are counted from the first real query and key.
+            first_row += tl.maximum(first_key - query_offset, 0)
     query_rows = first_row + tl.arange(0, BLOCK_N)
     row_inside = query_rows < num_queries
     # By place among the keys.
     rows = query_rows + query_offset
     lowest_row = first_row + query_offset
     highest_row = tl.minimum(first_row + BLOCK_N, num_queries) - 1 + query_offset
-    first_key = 0
     if HAS_PADDING:
-        first_key = tl.load(first_keys + batch).to(tl.int32)
         lowest_row = tl.maximum(lowest_row, first_key)
     in_d = tl.arange(0, BLOCK_D)
     in_dv = tl.arange(0, BLOCK_DV)
@@ -348,7 +353,7 @@ def _sparse_flash(
         begin = tl.load(of_tile)
         stop = tl.load(of_tile + 1)
         for entry in tl.range(begin, stop, num_stages=STAGES):
-            first = tl.load(whole_pool + entry).to(tl.int64) * BLOCK_M
+            first = tl.load(whole_pool + entry).to(tl.int64) * BLOCK_M + first_key
             key_tile = load_whole_tile(key_base + first * k_m, in_m * k_m, in_d, D, BLOCK_D, True)
             value_tile = load_whole_tile(value_base + first * v_m, in_m * v_m, in_dv, DV, BLOCK_DV, False)
             logits = _logits(query_tile, key_tile, softcap, scaling, HAS_SOFTCAP, PRECISION)
@@ -361,7 +366,7 @@ def _sparse_flash(
         stop = tl.load(of_tile + 1)
         whole_stop = begin + (stop - begin) // BLOCK_M * BLOCK_M
         for entry in tl.range(begin, whole_stop, BLOCK_M, num_stages=STAGES):
-            keys = tl.load(column_pool + entry + in_m).to(tl.int64)
+            keys = tl.load(column_pool + entry + in_m).to(tl.int64) + first_key
             key_tile = load_whole_tile(key_base, keys * k_m, in_d, D, BLOCK_D, True)
             value_tile = load_whole_tile(value_base, keys * v_m, in_dv, DV, BLOCK_DV, False)
             logits = _logits(query_tile, key_tile, softcap, scaling, HAS_SOFTCAP, PRECISION)
@@ -370,7 +375,7 @@ def _sparse_flash(
             )
         if whole_stop < stop:
             inside = whole_stop + in_m < stop
-            keys = tl.load(column_pool + whole_stop + in_m, mask=inside, other=0).to(tl.int64)
+            keys = tl.load(column_pool + whole_stop + in_m, mask=inside, other=0).to(tl.int64) + first_key
             key_tile = load_tile(key_base, keys * k_m, in_d, D, BLOCK_D, inside, True)
             value_tile = load_tile(value_base, keys * v_m, in_dv, DV, BLOCK_DV, inside, False)
             logits = _logits(query_tile, key_tile, softcap, scaling, HAS_SOFTCAP, PRECISION)
@@ -383,7 +388,7 @@ def _sparse_flash(
         begin = tl.load(of_tile)
         stop = tl.load(of_tile + 1)
         for entry in tl.range(begin, stop, num_stages=PART_STAGES):
-            keys = tl.load(part_pool + entry) * BLOCK_M + in_m
+            keys = tl.load(part_pool + entry) * BLOCK_M + in_m + first_key
             inside = keys < num_keys
             key_tile = load_tile(key_base, keys.to(tl.int64) * k_m, in_d, D, BLOCK_D, inside, True)
             value_tile = load_tile(value_base, keys.to(tl.int64) * v_m, in_dv, DV, BLOCK_DV, inside, False)
@@ -431,14 +436,19 @@ def sparse_flash(
 
     ``visited``: a static pattern, or lists. ``heads`` (h,) int32 restricts the work to some heads; the others' output is left as
     ``output`` has it. ``first_keys`` (B,) int32: the place of each sample's first real key where it is padded on the left;
-    other padding is not known here. A list's whole tiles must lie behind it.
+    other padding is not known here.
     """
     query, key, value = (last_contiguous(tensor) for tensor in (inputs.query, inputs.key, inputs.value))
     batch, num_heads, num_queries, head_dim = query.shape
     value_dim = value.shape[3]
+    # No tile of a list has rows of padding.
+    leaves_rows = isinstance(visited, Visits) and first_keys is not None
     if output is None:
-        output = value.new_empty(batch, num_queries, num_heads, value_dim).transpose(1, 2)
+        make = value.new_zeros if leaves_rows else value.new_empty
+        output = make(batch, num_queries, num_heads, value_dim).transpose(1, 2)
     log_sum_exp = query.new_empty(batch, num_heads, num_queries, dtype=torch.float32) if with_log_sum_exp else None
+    if leaves_rows and log_sum_exp is not None:
+        log_sum_exp.fill_(-torch.inf)
     block_d, block_dv = padded_size(head_dim), padded_size(value_dim)
     block_n, block_m, warps, stages = config or config_of(query.dtype, max(block_d, block_dv), num_queries)
     which, parameters = LISTS, (0, 0, 0)

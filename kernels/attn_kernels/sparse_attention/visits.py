@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attn_kernels.inputs import AttentionInputs
-from attn_kernels.patterns import KeyTiles
+from attn_kernels.patterns import KeyTiles, first_real_key
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Lists:
 @dataclass(frozen=True)
 class Visits:
     """What each tile of ``query_tile`` queries visits. A key must not stand in two of its lists, or it would count twice.
+
+    Tiles and columns are counted from each sample's first real query and key, so that padding on the left moves nothing.
 
     Attributes:
         query_tile: rows of a tile; tile t has the queries from ``t * query_tile`` on.
@@ -51,21 +53,23 @@ class Visits:
 
     def counted(self, inputs: AttentionInputs) -> Tensor:
         """``(B, H, N, M)`` int: in how many lists a key stands for a query."""
-        batch, heads, num_keys = inputs.query.shape[0], inputs.num_heads, inputs.num_keys
-        tiles = -(-inputs.num_queries // self.query_tile)
-        count = torch.zeros(batch, heads, tiles, num_keys, dtype=torch.int32)
+        batch, heads = inputs.query.shape[0], inputs.num_heads
+        count = torch.zeros(batch, heads, inputs.num_queries, inputs.num_keys, dtype=torch.int32)
+        first_keys = first_real_key(inputs).expand(batch).tolist()
         for lists, size in ((self.whole, self.key_tile), (self.part, self.key_tile), (self.columns, 1)):
             if lists is None:
                 continue
             begin, pool = lists.begin.cpu(), lists.pool.cpu()
-            for b in range(batch):
+            for b, first_key in enumerate(first_keys):
+                first_row = max(0, first_key - inputs.query_offset)
                 for h in range(heads):
                     of_head = h * begin.shape[1] // heads
-                    for t in range(tiles):
+                    for t in range(begin.shape[2] - 1):
                         first, stop = begin[b % begin.shape[0], of_head, t : t + 2].tolist()
+                        rows = slice(first_row + t * self.query_tile, first_row + (t + 1) * self.query_tile)
                         for entry in pool[first:stop].tolist():
-                            count[b, h, t, entry * size : (entry + 1) * size] += 1
-        return count.repeat_interleave(self.query_tile, dim=2)[:, :, : inputs.num_queries].to(inputs.query.device)
+                            count[b, h, rows, first_key + entry * size : first_key + (entry + 1) * size] += 1
+        return count.to(inputs.query.device)
 
 
 def lists_of(chosen: Tensor) -> Lists:
@@ -79,19 +83,18 @@ def lists_of(chosen: Tensor) -> Lists:
 def visits_of(tiles: KeyTiles, inputs: AttentionInputs, first_keys: Tensor | None) -> Visits:
     """The lists of chosen tiles, without those that causality, padding on the left (``first_keys`` ``(B,)``) and the window hide
     in full. Does not wait for the device."""
-    device = inputs.query.device
+    device, offset = inputs.query.device, inputs.query_offset
     number_of_tiles, number_of_key_tiles = tiles.chosen.shape[2:]
-    first_row = inputs.query_offset + torch.arange(number_of_tiles, device=device)[:, None] * tiles.query_tile
-    last_row = (first_row + tiles.query_tile - 1).clamp(max=inputs.query_offset + inputs.num_queries - 1)
+    first_row = offset + torch.arange(number_of_tiles, device=device)[:, None] * tiles.query_tile
     first = torch.arange(number_of_key_tiles, device=device)[None, :] * tiles.key_tile
+    if first_keys is not None:
+        begin = first_keys[:, None, None, None]
+        first_row, first = first_row + (begin - offset).clamp(min=0), first + begin
+    last_row = (first_row + tiles.query_tile - 1).clamp(max=offset + inputs.num_queries - 1)
     last = first + tiles.key_tile - 1
     seen, in_full = first <= last_row, (last <= first_row) & (last < inputs.num_keys)
     if inputs.window is not None:
         seen, in_full = seen & (last > first_row - inputs.window), in_full & (first > last_row - inputs.window)
-    if first_keys is not None:
-        begin = first_keys[:, None, None, None]
-        # A row of padding sees no key.
-        seen, in_full = seen & (last >= begin), in_full & (first >= begin) & (first_row >= begin)
     whole = _lists_without_waiting(tiles.chosen & in_full)
     part = _lists_without_waiting(tiles.chosen & seen & ~in_full)
     return Visits(tiles.query_tile, tiles.key_tile, whole, part)
