@@ -28,6 +28,7 @@ from attn_hooks.methods.streaming import Streaming
 from attn_hooks.methods.var import VAR
 from attn_hooks.methods.vcd import VCD
 from attn_hooks.methods.vhr import VHR
+from attn_hooks.methods.xattention import XAttention
 from attn_hooks.model_info import LayerInfo, ModelInfo, inspect_model, layout_of
 from attn_hooks.paths import recipes_dir, testbed_path
 from attn_hooks.registry import build_edit, methods
@@ -68,6 +69,7 @@ __all__ = [
     "TokenLayout",
     "UnsupportedArgumentError",
     "UnsupportedModelError",
+    "XAttention",
     "build_edit",
     "editing",
     "edits_in_force",

@@ -33,6 +33,7 @@ SHIPPED = {
     "var": "attn_hooks.methods.var:VAR",
     "vcd": "attn_hooks.methods.vcd:VCD",
     "vhr": "attn_hooks.methods.vhr:VHR",
+    "xattention": "attn_hooks.methods.xattention:XAttention",
 }
 ENTRY_POINT_GROUP = "attn_hooks.methods"
 

@@ -24,6 +24,7 @@ ATTN_HOOKS = {
     "VAR",
     "VCD",
     "VHR",
+    "XAttention",
     "Ablate",
     "AttentionCall",
     "AttnHooksError",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from attn_hooks import ACT, PASTA, Ablate, Edit, HeadAffine, PowerAttention, SinkScale, Streaming
+from attn_hooks import ACT, PASTA, Ablate, Edit, HeadAffine, PowerAttention, SinkScale, Streaming, XAttention
 
 VOCAB_SIZE = 64
 PAD, BOS, EOS = 0, 1, 2
@@ -87,4 +87,5 @@ ACTING_EDITS: dict[str, Edit] = {
     "power": PowerAttention(block=2, window_blocks=1, sink_blocks=0),
     "sink_scale": SinkScale(scale=4.0),
     "streaming": Streaming(sinks=1, window=3),
+    "xattention": XAttention(threshold=0.0, stride=1, block=2),
 }

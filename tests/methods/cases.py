@@ -6,7 +6,21 @@ from dataclasses import dataclass
 
 import torch
 
-from attn_hooks import ACT, EAH, PAI, PASTA, SPIN, VAR, Ablate, Edit, HeadAffine, PowerAttention, SinkScale, Streaming
+from attn_hooks import (
+    ACT,
+    EAH,
+    PAI,
+    PASTA,
+    SPIN,
+    VAR,
+    Ablate,
+    Edit,
+    HeadAffine,
+    PowerAttention,
+    SinkScale,
+    Streaming,
+    XAttention,
+)
 from tests.models import SIZES
 
 LAYERS, HEADS, HEAD_DIM = SIZES["num_hidden_layers"], SIZES["num_attention_heads"], SIZES["head_dim"]
@@ -48,6 +62,12 @@ CASES = [
     Case(
         VAR(p=0.1, rho=0.0, summ=0.05, tau=1.5, dims=(0, 5, 9)),
         VAR(p=1.0, rho=0.0, summ=0.05, tau=1.5, dims=(0, 5, 9)),
+        frozen_on_prompt=True,
+        chunks=False,
+    ),
+    Case(
+        XAttention(threshold=0.1, stride=1, block=2),
+        XAttention(threshold=1.0, stride=1, block=2),
         frozen_on_prompt=True,
         chunks=False,
     ),

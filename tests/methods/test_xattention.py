@@ -1,0 +1,176 @@
+"""XAttention against its equations, written as loops, in a model with padding and grouped heads."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import attn_hooks
+from attn_hooks import AttentionCall, XAttention
+from attn_hooks.methods.xattention import antidiagonal_mass, forced_blocks, heaviest
+from attn_kernels import AttentionInputs, KeyTiles, Sparsity
+from tests.hooks.tiny import padded_batch, prompt, tiny_llama
+
+
+def literal_mass(query: Tensor, key: Tensor, offset: int, scaling: float, stride: int, block: int) -> Tensor:
+    """m ``(T, U)`` of one head: ``query`` ``(n, D)`` and ``key`` ``(m, D)`` of real tokens alone."""
+    rows, columns = len(query), len(key)
+    mass = torch.zeros(-(-rows // block), -(-columns // block), dtype=torch.float64)
+    for i in range(-(-rows // stride)):
+        scores = []
+        for j in range(-(-columns // stride)):
+            if j * stride > offset + i * stride + stride - 1:
+                scores.append(-math.inf)
+                continue
+            cell = 0.0
+            for s in range(stride):
+                row, column = i * stride + stride - 1 - s, j * stride + s
+                if row < rows and column < columns:
+                    cell += float(query[row] @ key[column])
+            scores.append(cell * scaling / stride)
+        weights = torch.tensor(scores, dtype=torch.float64).softmax(-1)
+        for j, weight in enumerate(weights):
+            mass[i * stride // block, j * stride // block] += weight
+    return mass
+
+
+def literal_choice(mass: Tensor, offset: int, block: int, threshold: float) -> Tensor:
+    chosen = torch.zeros(mass.shape, dtype=torch.bool)
+    for t in range(mass.shape[0]):
+        first, last = offset + t * block, offset + t * block + block - 1
+        for u in range(mass.shape[1]):
+            chosen[t, u] = u == 0 or (u * block <= last and u * block + block > first)
+        held, whole = float(mass[t][chosen[t]].sum()), float(mass[t].sum())
+        for u in sorted(range(mass.shape[1]), key=lambda u: -float(mass[t, u])):
+            if not chosen[t, u] and held < threshold * whole and mass[t, u] > 0:
+                chosen[t, u] = True
+                held += float(mass[t, u])
+    return chosen
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> AttentionInputs:
+    """Left padding, grouped heads, chunks."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    heads, kv_heads = draw(st.sampled_from([(2, 1), (4, 2), (3, 3)]))
+    num_queries, earlier = draw(st.sampled_from([1, 7, 16, 21])), draw(st.sampled_from([0, 0, 5, 8]))
+    num_keys = num_queries + earlier
+    left = torch.tensor([0, draw(st.integers(0, num_keys - 1))])
+    index = torch.arange(num_keys)
+    return AttentionInputs(
+        *(
+            torch.randn(2, number, size, 6, generator=generator)
+            for number, size in ((heads, num_queries), (kv_heads, num_keys), (kv_heads, num_keys))
+        ),
+        scaling=draw(st.sampled_from([0.4, 2.0])),
+        query_index=index[earlier:],
+        key_index=index,
+        query_position=index[earlier:] - left[:, None],
+        key_position=index - left[:, None],
+        key_valid=index >= left[:, None],
+        first_query=earlier,
+    )
+
+
+@given(calls(), st.sampled_from([(1, 2), (2, 4), (4, 4), (2, 8)]), st.floats(0, 0.99))
+@settings(max_examples=60, deadline=None)
+def test_masses_and_choices_are_the_paper_s(inputs: AttentionInputs, sizes: tuple[int, int], threshold: float) -> None:
+    stride, block = sizes
+    mass = antidiagonal_mass(inputs, stride, block)
+    forced = forced_blocks(inputs, block)
+    group, offset = inputs.num_heads // inputs.key.shape[1], inputs.query_offset
+    for sample in range(2):
+        first_key = int(inputs.key_valid[sample].long().argmax())
+        first_row = max(0, first_key - offset)
+        for head in range(inputs.num_heads):
+            query = inputs.query[sample, head, first_row:].double()
+            key = inputs.key[sample, head // group, first_key:].double()
+            position = offset + first_row - first_key
+            expected = literal_mass(query, key, position, inputs.scaling, stride, block)
+            rows, columns = expected.shape
+            torch.testing.assert_close(mass[sample, head, :rows, :columns].double(), expected, rtol=1e-4, atol=1e-5)
+            assert mass[sample, head, rows:].sum() == mass[sample, head, :, columns:].sum() == 0
+            # On the same masses: rounding must not decide between equals.
+            own = mass[sample : sample + 1, head : head + 1]
+            chosen = heaviest(own, forced[sample : sample + 1], threshold)[0, 0, :rows, :columns]
+            wanted = literal_choice(own[0, 0, :rows, :columns], position, block, threshold)
+            held, needed = (float((own[0, 0, :rows, :columns] * which).sum()) for which in (chosen, wanted))
+            assert torch.equal(chosen, wanted) or held == pytest.approx(needed, rel=1e-5)
+
+
+def test_a_model_visits_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every layer, and each head for itself; the rest of the model sees no difference between padding left and none."""
+    seen: list[tuple[AttentionInputs, Any]] = []
+    primitives = XAttention.primitives
+
+    def listen(edit: XAttention, call: AttentionCall) -> Any:
+        answered = primitives(edit, call)
+        seen.append((call.inputs, answered))
+        return answered
+
+    monkeypatch.setattr(XAttention, "primitives", listen)
+    model, edit = tiny_llama(), XAttention(threshold=0.3, stride=1, block=2)
+    batch = padded_batch("left")
+    with attn_hooks.editing(model, edit):
+        together = model(**batch).logits
+        layers = len(seen)
+        short = batch["input_ids"][1:, batch["attention_mask"][1].bool()]
+        alone = model(short).logits
+    torch.testing.assert_close(together[1, -short.shape[1] :], alone[0], rtol=1e-4, atol=1e-5)
+    assert layers == model.config.num_hidden_layers
+    shares = set()
+    for _, (sparsity,) in seen[:layers]:
+        assert isinstance(sparsity, Sparsity)
+        assert isinstance(sparsity.pattern, KeyTiles)
+        shares.add(tuple(sparsity.pattern.chosen.float().mean((0, 2, 3)).tolist()))
+    assert len(shares) == layers
+    assert all(len(set(share)) > 1 for share in shares)
+
+
+def test_more_is_kept_at_a_higher_threshold_and_all_at_1() -> None:
+    model, tokens = tiny_llama(), prompt(2, 40)
+    plain = model(tokens).logits
+    distances = []
+    for threshold in (0.0, 0.5, 0.9, 0.999):
+        with attn_hooks.editing(model, XAttention(threshold=threshold, stride=2, block=4)):
+            distances.append(float((model(tokens).logits - plain).norm()))
+    assert distances == sorted(distances, reverse=True)
+    assert distances[0] > 2 * distances[-1]
+    with attn_hooks.editing(model, XAttention(threshold=1.0, stride=2, block=4)):
+        assert torch.equal(model(tokens).logits, plain)
+    with attn_hooks.editing(model, XAttention(threshold=0.0)):
+        # One block.
+        assert torch.equal(model(tokens).logits, plain)
+
+
+def test_decode_is_dense_on_the_cache_of_a_sparse_prompt() -> None:
+    model, tokens = tiny_llama(), prompt(2, 20)
+    with attn_hooks.editing(model, XAttention(threshold=0.1, stride=1, block=2)):
+        cache = model(tokens).past_key_values
+        edited = model(tokens[:, :1], past_key_values=cache).logits
+        cache = model(tokens).past_key_values
+    torch.testing.assert_close(model(tokens[:, :1], past_key_values=cache).logits, edited)
+
+
+def test_later_turns_are_refused_or_dense() -> None:
+    model, tokens = tiny_llama(), prompt(2, 20)
+    with attn_hooks.editing(model, XAttention(threshold=0.1, stride=1, block=2)):
+        cache = model(tokens).past_key_values
+        with pytest.raises(attn_hooks.EditError, match="later_tokens='dense'"):
+            model(tokens[:, :3], past_key_values=cache)
+    with attn_hooks.editing(model, XAttention(threshold=0.1, stride=1, block=2, later_tokens="dense")):
+        cache = model(tokens).past_key_values
+        edited = model(tokens[:, :3], past_key_values=cache).logits
+        cache = model(tokens).past_key_values
+    torch.testing.assert_close(model(tokens[:, :3], past_key_values=cache).logits, edited)
+
+
+def test_a_block_that_is_no_multiple_of_the_stride_is_refused() -> None:
+    with pytest.raises(ValueError, match="block 100 is no multiple of stride 16"):
+        XAttention(block=100)
