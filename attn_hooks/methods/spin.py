@@ -8,7 +8,7 @@ every generated row, on the logits s before softmax, with V the image's keys and
 
 before o_proj. The identity is r 1, or eps 1. The released code divides the scores by their spread over the heads, which does
 not change their order. Published settings: r 0.95, eps 0.05; CHAIR r 0.95, eps 0.08; POPE r 0.8, eps 0.1; Qwen-VL r 0.7,
-eps 0.08 in layers 0 to 19. That r * H is rounded down is our reading.
+eps 0.08 in layers 0 to 19. That r * H is rounded down, and at least one head stays, is our reading.
 
 Scores are of the model's own logits, whatever else is edited; keys outside of a row's sliding window do not count.
 """
