@@ -83,7 +83,9 @@ def antidiagonal_mass(inputs: AttentionInputs, stride: int, block: int) -> Tenso
     first_key, first_row = _first_key_and_row(inputs)
     is_key, is_query = inputs.key_valid.expand(batch, -1), inputs.query_valid.expand(batch, -1)
     key = _runs(_from_place(inputs.key.masked_fill(~is_key[:, None, :, None], 0), first_key, inputs), stride, block)
-    query = _runs(_from_place(inputs.query, first_row, inputs), stride, block, backwards=True)
+    # Scaled before: in float16 the sums could overflow.
+    query = _from_place(inputs.query * (inputs.scaling / stride), first_row, inputs)
+    query = _runs(query, stride, block, backwards=True)
     query = query.unflatten(1, (kv_heads, heads // kv_heads))
     key_in_run = _in_runs(_from_place(is_key[:, None, :, None], first_key, inputs), key.shape[2], stride)
     query_in_run = _in_runs(_from_place(is_query[:, None, :, None], first_row, inputs), query.shape[3], stride)
@@ -101,7 +103,7 @@ def antidiagonal_mass(inputs: AttentionInputs, stride: int, block: int) -> Tenso
         seen = (key_position <= position + stride - 1) & key_in_run[:, None, :] & query_in_run[:, rows, None]
         if inputs.window is not None:
             seen = seen & (key_position + stride - 1 > position - inputs.window)
-        logits = (query[:, :, :, rows] @ key[:, :, None].transpose(-1, -2)).float() * (inputs.scaling / stride)
+        logits = (query[:, :, :, rows] @ key[:, :, None].transpose(-1, -2)).float()
         # Runs of padding see nothing.
         scores = logits.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1).nan_to_num(0.0)
         cells = scores.unflatten(-1, (-1, runs_a_block)).unflatten(3, (-1, runs_a_block))

@@ -104,6 +104,17 @@ def test_masses_and_choices_are_the_paper_s(inputs: AttentionInputs, sizes: tupl
             assert torch.equal(chosen, wanted) or held == pytest.approx(needed, rel=1e-5)
 
 
+def test_large_products_do_not_overflow_in_float16() -> None:
+    index = torch.arange(64)
+    ones = torch.full((1, 1, 64, 128), 7.0, dtype=torch.float16)
+    inputs = AttentionInputs(
+        ones, ones, ones, 128**-0.5, index, index, index[None], index[None], torch.ones(1, 64) > 0, first_query=0
+    )
+    mass = antidiagonal_mass(inputs, 16, 32)
+    # Two runs a block, which see one, two, three and four runs alike.
+    torch.testing.assert_close(mass[0, 0], torch.tensor([[2.0, 0.0], [2 / 3 + 1 / 2, 1 / 3 + 1 / 2]]))
+
+
 def test_a_model_visits_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """In every layer, and each head for itself; the rest of the model sees no difference between padding left and none."""
     seen: list[tuple[AttentionInputs, Any]] = []
