@@ -71,8 +71,8 @@ class KeyTiles:
     Both are counted from a sample's first real query and key, so that padding on the left moves nothing.
 
     Attributes:
-        chosen: ``(b, h, T, S)`` bool; ``b`` is B or 1, ``h`` the number of query heads, of key and value heads, or 1. What the
-            model itself hides stays hidden.
+        chosen: ``(b, h, T, S)`` bool; ``b`` is B or 1, ``h`` the number of query heads or 1. What the model itself hides stays
+            hidden.
         query_tile: rows of a tile: tile t has the call's queries from ``t * query_tile`` on.
         key_tile: keys of a tile: tile s has the keys from ``s * key_tile`` on.
     """
@@ -82,10 +82,8 @@ class KeyTiles:
     key_tile: int
 
     def shown(self, inputs: AttentionInputs, rows: slice) -> Tensor:
-        """``(B|1, H|1, n, M)`` bool for a slice of the call's queries."""
+        """``(B|1, h, n, M)`` bool for a slice of the call's queries."""
         chosen, device = self.chosen, self.chosen.device
-        if chosen.shape[1] > 1:
-            chosen = chosen.repeat_interleave(inputs.num_heads // chosen.shape[1], dim=1)
         first_key = first_real_key(inputs)[:, None]
         # What lies before is padding, which nobody sees.
         of_query = self._tile_of(torch.arange(inputs.num_queries, device=device)[rows], inputs)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -57,10 +57,12 @@ def test_blocked_equals_the_specification(case: tuple[AttentionInputs, list[Prim
 def test_error_is_bounded_by_the_dtype(dtype: torch.dtype, case: tuple[AttentionInputs, list[Primitive]]) -> None:
     """Scores are computed in float32 from inputs of the dtype: only the output's own rounding is of the dtype.
 
-    Gates compare masses with a threshold, where float32 and float64 may fall on different sides; they are left out.
+    Gates compare masses with a threshold, where float32 and float64 may fall on different sides; they are left out. So are masses
+    that float64 alone can tell from none, where a Regroup would hand everything to them.
     """
     inputs, edits = case
     edits = [replace(edit, gate=None) if isinstance(edit, Regroup) else edit for edit in edits]
+    assume(inputs.query.abs().max() < 12 or not any(isinstance(edit, Regroup) for edit in edits))
     inputs = replace(inputs, query=inputs.query.to(dtype), key=inputs.key.to(dtype), value=inputs.value.to(dtype))
     expected, _ = edited_attention_reference(inputs, edits)
     # Logits reach 200 here, and an error of 200 * 2^-23 in a logit is a relative error of e^that in a weight.

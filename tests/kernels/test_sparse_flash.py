@@ -130,14 +130,14 @@ def test_lists_equal_their_mask(case: tuple[AttentionInputs, Tensor | None], hea
     compare(inputs, found, expected(inputs, visits.visited(inputs)))
 
 
-@given(padded_calls(), st.sampled_from(["all", "kv", "query"]), st.floats(0, 1), st.integers(0, 2**31))
+@given(padded_calls(), st.booleans(), st.floats(0, 1), st.integers(0, 2**31))
 @settings(max_examples=60, deadline=None)
 def test_chosen_tiles_equal_their_mask(
-    case: tuple[AttentionInputs, Tensor | None], heads: str, share: float, seed: int
+    case: tuple[AttentionInputs, Tensor | None], by_head: bool, share: float, seed: int
 ) -> None:
     """Chosen without regard to what the model hides."""
     inputs, first_keys = case
-    list_heads = {"all": 1, "kv": inputs.key.shape[1], "query": inputs.num_heads}[heads]
+    list_heads = inputs.num_heads if by_head else 1
     shape = (inputs.query.shape[0], list_heads, -(-inputs.num_queries // SMALL[0]), -(-inputs.num_keys // SMALL[1]))
     chosen = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
     tiles = KeyTiles(chosen.to(DEVICE), *SMALL[:2])
