@@ -212,9 +212,9 @@ def _check(structure: Structure, length: int, heads: int, kv_heads: int, head_di
     for mix in structure.heads:
         if min(mix.sink, mix.local, mix.vertical, mix.slash) < 0 or mix.rest <= 0:
             raise ValueError(f"{mix}: shares are at least 0, and something is left for the other keys")
-    needed = max(4 * local, 4 * (structure.sinks + structure.verticals + structure.needles), 128)
+    needed = max(8 * local, 4 * (structure.sinks + structure.verticals + structure.needles), 128)
     if length < needed or local < 1:
-        raise ValueError(f"{length} tokens have no room for this structure: it needs {max(needed, 16)}")
+        raise ValueError(f"{length} tokens have no room for this structure: it needs {needed}")
     if _Dimensions.of(structure, head_dim).local_cosines < 1:
         raise ValueError(f"head_dim {head_dim} has no room for this structure")
 

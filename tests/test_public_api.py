@@ -64,6 +64,7 @@ ATTN_HOOKS = {
 }
 ATTN_KERNELS = {
     "AttentionInputs",
+    "Fidelity",
     "Gate",
     "HeadAffine",
     "KeyTiles",
@@ -73,6 +74,7 @@ ATTN_KERNELS = {
     "PowerOfTwoBlocks",
     "Primitive",
     "Ranking",
+    "Recall",
     "Regroup",
     "SinkAndWindow",
     "Sparsity",
@@ -83,6 +85,7 @@ ATTN_KERNELS = {
     "head_affine",
     "head_selection",
     "indices_of_heads",
+    "measure_recall",
     "moved_mass",
     "read_taps",
 }

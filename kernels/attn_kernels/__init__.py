@@ -5,6 +5,7 @@ Knows torch and triton only: no models, no configs, no transformers.
 
 from attn_kernels.edited_attention.blocked import edited_attention, edited_weights, head_affine, moved_mass, read_taps
 from attn_kernels.edited_attention.lowering import head_selection, indices_of_heads
+from attn_kernels.edited_attention.recall import Fidelity, Recall, measure_recall
 from attn_kernels.edited_attention.reference import edited_attention_reference
 from attn_kernels.inputs import AttentionInputs
 from attn_kernels.patterns import KeyTiles, Pattern, PowerOfTwoBlocks, SinkAndWindow
@@ -12,6 +13,7 @@ from attn_kernels.primitives import Gate, HeadAffine, LogitMap, Order, Primitive
 
 __all__ = [
     "AttentionInputs",
+    "Fidelity",
     "Gate",
     "HeadAffine",
     "KeyTiles",
@@ -21,6 +23,7 @@ __all__ = [
     "PowerOfTwoBlocks",
     "Primitive",
     "Ranking",
+    "Recall",
     "Regroup",
     "SinkAndWindow",
     "Sparsity",
@@ -31,6 +34,7 @@ __all__ = [
     "head_affine",
     "head_selection",
     "indices_of_heads",
+    "measure_recall",
     "moved_mass",
     "read_taps",
 ]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+Rows: TypeAlias = slice | Tensor
+"""Some of a call's queries: a slice, or their places ``(n,)`` long."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,8 @@ class AttentionInputs:
         group = self.num_heads // self.key.shape[1]
         return torch.arange(self.num_heads, device=self.query.device) // group
 
-    def visible(self, rows: slice) -> Tensor:
-        """``(B|1, H|1, n, M)`` bool for a slice of the queries: what the model allows without any edit."""
+    def visible(self, rows: Rows) -> Tensor:
+        """``(B|1, H|1, n, M)`` bool for some of the queries: what the model allows without any edit."""
         if self.mask is not None:
             return self.mask[:, :, rows]
         if self.bias is not None:
@@ -76,7 +80,7 @@ class AttentionInputs:
             return bias > torch.finfo(bias.dtype).min / 2
         return self.key_valid[:, None, None, :] & self.reachable(rows)
 
-    def reachable(self, rows: slice) -> Tensor:
+    def reachable(self, rows: Rows) -> Tensor:
         """``(1, 1, n, M)`` bool: causality and window by index, padding left out."""
         query_index = self.query_index[rows, None]
         reachable = torch.ones(1, 1, query_index.shape[0], self.num_keys, dtype=torch.bool, device=self.query.device)

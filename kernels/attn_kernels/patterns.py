@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from attn_kernels.inputs import AttentionInputs
+from attn_kernels.inputs import AttentionInputs, Rows
 
 
 class Pattern(Protocol):
@@ -81,8 +81,8 @@ class KeyTiles:
     query_tile: int
     key_tile: int
 
-    def shown(self, inputs: AttentionInputs, rows: slice) -> Tensor:
-        """``(B|1, h, n, M)`` bool for a slice of the call's queries."""
+    def shown(self, inputs: AttentionInputs, rows: Rows) -> Tensor:
+        """``(B|1, h, n, M)`` bool for some of the call's queries."""
         chosen, device = self.chosen, self.chosen.device
         first_key = first_real_key(inputs)[:, None]
         # What lies before is padding, which nobody sees.

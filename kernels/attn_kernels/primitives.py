@@ -19,7 +19,7 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional
 
-from attn_kernels.inputs import AttentionInputs
+from attn_kernels.inputs import AttentionInputs, Rows
 from attn_kernels.patterns import KeyTiles, Pattern
 
 
@@ -65,8 +65,8 @@ class Sparsity:
     pattern: Pattern | KeyTiles
     heads: Tensor | None = None
 
-    def shown(self, inputs: AttentionInputs, rows: slice) -> Tensor:
-        """``(B|1, H|1, n, M)`` bool: what the pattern shows to a slice of the queries, before the model's own rules."""
+    def shown(self, inputs: AttentionInputs, rows: Rows) -> Tensor:
+        """``(B|1, H|1, n, M)`` bool: what the pattern shows to some of the queries, before the model's own rules."""
         if isinstance(self.pattern, KeyTiles):
             return self.pattern.shown(inputs, rows)
         return self.pattern.visible(inputs.query_position[:, None, rows, None], inputs.key_position[:, None, None, :])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from attn_kernels.inputs import AttentionInputs
+from attn_kernels.inputs import AttentionInputs, Rows
 from attn_kernels.primitives import (
     Gate,
     HeadAffine,
@@ -193,7 +193,7 @@ def _pick(per_head: Tensor | None, heads: Tensor) -> Tensor | None:
 class _Block:
     """The weights of some query rows for some heads. ``inputs`` holds the selected heads only."""
 
-    def __init__(self, inputs: AttentionInputs, edits: Sequence[Primitive], heads: Tensor, rows: slice) -> None:
+    def __init__(self, inputs: AttentionInputs, edits: Sequence[Primitive], heads: Tensor, rows: Rows) -> None:
         self.inputs, self.edits, self.heads, self.rows = inputs, edits, heads, rows
         visible = self._visible()
         visited = visible.flatten(0, 2).any(0).nonzero().squeeze(-1)
