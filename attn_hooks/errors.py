@@ -156,6 +156,12 @@ CATALOGUE: dict[str, Entry] = {
         "A default layer range that is empty on a very small model, or an empty list.",
         "Pass `layers` explicitly.",
     ),
+    "no-pattern": Entry(
+        EditError,
+        "{method} chooses no keys, so there is no recall to measure: every visible key keeps being visited.",
+        "Recall is the share of attention on the keys that a sparse method visits; this method changes it otherwise.",
+        "Measure methods of docs/methods/sparse.md; `attn-hooks run` compares answers under any method.",
+    ),
     "needs-image": Entry(
         EditError,
         "{method} needs image tokens, and {model} has none: it is a text model.",

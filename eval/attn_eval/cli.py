@@ -375,6 +375,72 @@ def score_heads(
     console.print(f"written to {escape(str(output))}: head_scores.json, head_scores.png", soft_wrap=True)
 
 
+@app.command()
+def recall(
+    model: Annotated[str, typer.Argument(help="A folder, a model id of the hub, or testbed-lm.")],
+    edits: Annotated[
+        list[str],
+        typer.Option(
+            "--edit",
+            metavar="'METHOD PARAMETER=VALUE ...'",
+            help="A method that chooses keys, its parameters behind it; may be given again: --edit streaming "
+            "--edit 'xattention threshold=0.8 block=64'",
+        ),
+    ],
+    prompt: Annotated[str | None, typer.Option(help="The text to look at, in place of the text that ships.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file with that text.")] = None,
+    length: Annotated[int, typer.Option(min=2, help="So many tokens of the text that ships.")] = 2048,
+    rows: Annotated[
+        int,
+        typer.Option(min=1, help="So many rows of each head, evenly spaced, are measured; the time grows with them."),
+    ] = 256,
+    output: Annotated[Path, typer.Option("-o", "--out", help="Where recall.json and recall.png go.")] = Path(
+        "results/recall"
+    ),
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="The file's content in place of the tables.")] = False,
+) -> None:
+    """Measure what sparse methods keep of a model's attention: recall, density and output error by layer and head.
+
+    [bold]Recall[/bold] is the share of dense attention on the keys that a method
+    visits: 1 loses nothing. A high mean hides rows that lose all: look at the
+    5th percentile, and at the lowest head, since few heads do the retrieval.
+    [bold]Density[/bold] is the share of keys visited: what is left to compute.
+
+    The model runs dense, once: all methods choose from the same queries and keys,
+    and no layer hands its losses on. What that does to answers is measured by
+    [bold]attn-hooks run[/bold].
+
+      attn-hooks recall testbed-lm --edit streaming --edit xattention
+    """
+    from attn_eval.recall import draw_recall, layers_table, measured_recall, totals_table
+
+    if output.exists() and not output.is_dir():
+        raise EvaluationError(f"the output {output} is a file: give a folder with -o")
+    if prompt is not None and prompt_file is not None:
+        raise EvaluationError("give --prompt or --prompt-file, not both")
+    if prompt_file is not None:
+        try:
+            prompt = prompt_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise EvaluationError(f"the prompt {prompt_file} can't be read as UTF-8 text: {error}") from error
+    _silence_loading_bars()
+    measured = measured_recall(model, edits, prompt, length, rows, dtype, device)
+    output.mkdir(parents=True, exist_ok=True)
+    written = json.dumps(measured, indent=2)
+    (output / "recall.json").write_text(written + "\n", encoding="utf-8")
+    draw_recall(measured, output / "recall.png")
+    if as_json:
+        print(written)
+        return
+    console = _out()
+    console.print(totals_table(measured))
+    for about in measured["edits"]:
+        console.print(layers_table(measured, about))
+    console.print(f"written to {escape(str(output))}: recall.json, recall.png", soft_wrap=True)
+
+
 def main() -> None:
     """The entry point: runs the command and turns every error of a user's into one line and exit code 2."""
     try:
