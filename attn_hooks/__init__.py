@@ -31,6 +31,7 @@ from attn_hooks.methods.vhr import VHR
 from attn_hooks.methods.xattention import XAttention
 from attn_hooks.model_info import LayerInfo, ModelInfo, inspect_model, layout_of
 from attn_hooks.paths import recipes_dir, testbed_path
+from attn_hooks.peft_registration import register_with_peft
 from attn_hooks.registry import build_edit, methods
 from attn_hooks.reporting import explain, report
 from attn_hooks.spans import find_spans
@@ -86,3 +87,5 @@ __all__ = [
     "unwrap",
     "wrap",
 ]
+
+register_with_peft()

@@ -395,6 +395,53 @@ CATALOGUE: dict[str, Entry] = {
         "A tokenizer without a fast (Rust) implementation.",
         "Load the fast tokenizer, or give the spans as token positions.",
     ),
+    "no-output-projection": Entry(
+        UnsupportedModelError,
+        "{model}, layer {layer}: {module_class} has no projection that takes the outputs of its {heads} heads side by side, so "
+        "{method} has no place to act.",
+        "The output projection is found by its name (o_proj, out_proj, dense, ...) and its width. DeepSeek V4 projects groups of "
+        "heads apart, JetMoe has experts there.",
+        "Use a model of another family; `wrap(model, HeadAffine(...))` edits head outputs at the attention call instead.",
+    ),
+    "mixed-batch": Entry(
+        UnsupportedArgumentError,
+        "LoFiT: adapter_names={names} asks for an adapter for each sample, and adapters of LoFiT act on the whole batch.",
+        "One batch with several adapters is LoRA's machinery in PEFT.",
+        "Make a batch for each adapter and call set_adapter() before it.",
+    ),
+    "not-mergeable": Entry(
+        EditError,
+        "LoFiT: {adapters} cannot be merged into {module}: {reason}. Keep the adapter beside the model, or unload() it.",
+        "W(z + v) + b = Wz + (b + Wv) needs the projection's weights as they are: a Linear or Conv1D, unquantised, whole on this "
+        "rank, and with no other adapter around it.",
+        "Serve the adapter unmerged: it costs one addition a layer. For a merged model load the base unquantised on one rank.",
+    ),
+    "merge-not-finite": Entry(
+        EditError,
+        "{adapters} would make {module} hold values that are not finite, so nothing was merged into it.",
+        "The adapter holds NaN or infinity, or its offsets overflow the dtype of the model.",
+        "Train again with a smaller learning rate, or merge in float32.",
+    ),
+    "merged-bias-lost": Entry(
+        EditError,
+        "{model}: this merged model cannot be saved, since the modeling file of its family builds {module} without a bias and "
+        "loading would drop what was merged, in silence. Save the adapter instead, before merge_and_unload().",
+        "An offset on head outputs becomes a bias of the output projection; Mistral, Qwen2, Mixtral, Phi-3, GLM-4 and others never "
+        "have one.",
+        "Ship the adapter (a few kilobytes) beside the base model.",
+    ),
+    "adapter-format": Entry(
+        EditError,
+        "LoFiT: this adapter has format version {found}, and this version of attn-hooks reads up to {known}.",
+        "It was saved by a newer attn-hooks.",
+        "Update attn-hooks.",
+    ),
+    "foreign-lofit": Entry(
+        AttnHooksError,
+        "PEFT {version} has a method LOFIT that is not attn-hooks' own ({owner}), so LofitConfig would be read by that one.",
+        "A later PEFT, or another package, has registered the name first.",
+        "Use that one's config, or the PEFT version that attn-hooks was tested with.",
+    ),
     "missing-data": Entry(
         AttnHooksError,
         "{what} is not part of this installation (looked in {path}).",

@@ -130,17 +130,17 @@ def underlying_model(model: nn.Module) -> nn.Module:
             return model
 
 
-def inspect_model(model: nn.Module) -> ModelInfo:
+def inspect_model(model: nn.Module, *, to_edit: bool = True) -> ModelInfo:
     """Finds every causal self-attention that goes through transformers' AttentionInterface.
 
-    Raises ``UnsupportedModelError`` if there is none, if the weights are not loaded, or if the attention runs on a
-    backend whose calls cannot be read.
+    Raises ``UnsupportedModelError`` if there is none and, unless ``to_edit`` is False, if the weights are not loaded or the
+    attention runs on a backend whose calls cannot be read.
     """
     if not isinstance(model, nn.Module):
         raise error("not-a-model", given=type(model).__name__)
     model = underlying_model(model)
     model_class = type(model).__name__
-    if any(parameter.is_meta for parameter in model.parameters()) and not _is_offloaded(model):
+    if to_edit and any(parameter.is_meta for parameter in model.parameters()) and not _is_offloaded(model):
         raise error("meta-device", model=model_class)
     config: Any = getattr(model, "config", None)
     text_config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
@@ -149,7 +149,9 @@ def inspect_model(model: nn.Module) -> ModelInfo:
     for name, module in interface_modules(model):
         reason = _why_left_alone(name, module, text_config)
         if reason is None:
-            layers.append(_layer_info(name, module, model_class=model_class))
+            if to_edit:
+                _check_backend(name, module, model_class)
+            layers.append(_layer_info(name, module))
         else:
             left_alone[name] = reason
     if not layers and not left_alone:
@@ -226,37 +228,43 @@ def _why_left_alone(name: str, module: nn.Module, text_config: Any) -> str | Non
     return None
 
 
-def _layer_info(name: str, module: nn.Module, model_class: str) -> LayerInfo:
-    config: Any = module.config
-    backend = config._attn_implementation
-    if isinstance(backend, str) and backend.startswith(IMPLEMENTATION_PREFIX):
-        backend = backend.removeprefix(IMPLEMENTATION_PREFIX)
+def _check_backend(name: str, module: nn.Module, model_class: str) -> None:
+    backend = _backend(module)
     if backend not in HONOURED_BACKENDS:
         raise error("unsupported-backend", model=model_class, backend=backend)
     if _asks_for_the_backends_name(module, backend):
         raise error("backend-branch", model=model_class, module_class=type(module).__name__)
+    layer = _layer_info(name, module)
+    check_shards(module, layer.num_kv_heads, model_class, layer.index)
+    if backend == "sdpa" and (layer.softcap is not None or layer.sinks):
+        argument = "softcap" if layer.softcap is not None else "sink logits"
+        raise error("backend-drops", model=model_class, argument=argument, backend=backend)
+
+
+def _backend(module: nn.Module) -> str:
+    config: Any = module.config
+    backend = config._attn_implementation
+    return backend.removeprefix(IMPLEMENTATION_PREFIX) if isinstance(backend, str) else backend
+
+
+def _layer_info(name: str, module: nn.Module) -> LayerInfo:
+    config: Any = module.config
     num_heads = _first_number(module, "num_heads", "num_attention_heads") or _number(config, "num_attention_heads")
     assert num_heads is not None, f"{type(module).__name__} names its heads nowhere"
     group = _number(module, "num_key_value_groups")
     num_kv_heads = num_heads // group if group else _first_number(config, "num_key_value_heads") or num_heads
     head_dim = _first_number(module, "head_dim", "qk_head_dim") or (_number(config, "hidden_size") or 0) // num_heads
-    index = _layer_index(name, module)
-    check_shards(module, num_kv_heads, model_class, index)
     softcap = getattr(module, "attn_logit_softcapping", None)
-    sinks = getattr(module, "sinks", None) is not None
-    if backend == "sdpa" and (softcap is not None or sinks):
-        argument = "softcap" if softcap is not None else "sink logits"
-        raise error("backend-drops", model=model_class, argument=argument, backend=backend)
     return LayerInfo(
-        index=index,
+        index=_layer_index(name, module),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         value_dim=_first_number(module, "v_head_dim") or head_dim,
         sliding_window=_sliding_window(module),
         softcap=float(softcap) if softcap is not None else None,
-        sinks=sinks,
-        backend=backend,
+        sinks=getattr(module, "sinks", None) is not None,
+        backend=_backend(module),
         module_name=name,
         module=module,
     )

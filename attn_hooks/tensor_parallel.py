@@ -46,3 +46,29 @@ def _shards(module: nn.Module, projection: str) -> DeviceMesh | None:
         if isinstance(placement, Shard) and placement.dim == 0:
             return weight.device_mesh
     return None
+
+
+def heads_of_shard(
+    projection: nn.Module, width: int, head_dim: int, num_heads: int, layer: int, trained: bool
+) -> slice:
+    """Which heads the ``width`` columns are that a rank gives its shard of an output projection.
+
+    Told from how the projection's weight is sharded along its inputs; anything else raises ``UnsupportedModelError``, as does
+    training (``trained``), where each rank would see the gradient of its own heads alone.
+    """
+    if trained:
+        detail = (
+            "vectors on head outputs are not trained under tensor parallelism, since each rank sees its own heads alone"
+        )
+        raise error("tensor-parallel", model=type(projection).__name__, layer=layer, detail=detail)
+    weight = getattr(projection, "weight", None)
+    if isinstance(weight, DTensor) and weight.device_mesh.ndim == 1 and width % head_dim == 0:
+        mesh, placement = weight.device_mesh, weight.placements[0]
+        if isinstance(placement, Shard) and placement.dim == 1 and width * mesh.size() == num_heads * head_dim:
+            start = mesh.get_local_rank() * width // head_dim
+            return slice(start, start + width // head_dim)
+    detail = (
+        f"{type(projection).__name__} was given {width} of {num_heads * head_dim} numbers a token and its weight does not "
+        "tell which heads they are"
+    )
+    raise error("tensor-parallel", model=type(projection).__name__, layer=layer, detail=detail)
