@@ -75,6 +75,7 @@ STUDIES = (
     Study("damro", {"alpha": (0.25, 0.5, 1.5), "tokens": (5, 10, 20)}),
     Study("agla", {"alpha": (0.5, 1.0, 2.0), "keep": (0.5, 0.8, 0.95)}, base=BLACK),
     Study("opera", {"alpha": (1.0, 10.0), "sigma": (50.0, 100.0, 200.0), "faithful": ("paper", "code")}),
+    Study("opera", {"alpha": (1.0, 3.0, 10.0), "sigma": (50.0, 70.0), "faithful": ("paper", "code")}, beams=5),
     Study("act", {"beta": (0.2, 0.4, 0.7), "alpha": (3.0, 5.0)}),
     Study("pasta", {"alpha": (0.01, 0.1, 0.5)}, base={"spans": "image"}),
 )
