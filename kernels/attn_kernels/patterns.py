@@ -66,20 +66,23 @@ class PowerOfTwoBlocks:
 
 @dataclass(frozen=True)
 class KeyTiles:
-    """Which tiles of keys each tile of queries visits in one call.
+    """Which tiles of keys each tile of queries visits in one call, and which single keys.
 
-    Both are counted from a sample's first real query and key, so that padding on the left moves nothing.
+    All are counted from a sample's first real query and key, so that padding on the left moves nothing.
 
     Attributes:
         chosen: ``(b, h, T, S)`` bool; ``b`` is B or 1, ``h`` the number of query heads or 1. What the model itself hides stays
             hidden.
         query_tile: rows of a tile: tile t has the call's queries from ``t * query_tile`` on.
         key_tile: keys of a tile: tile s has the keys from ``s * key_tile`` on.
+        columns: ``(b, h, C)`` int64, or None: single keys that every tile of queries visits which lies behind them as a whole; what
+            is nearer has its tiles. Without repetition; numbers from M on stand for no key.
     """
 
     chosen: Tensor
     query_tile: int
     key_tile: int
+    columns: Tensor | None = None
 
     def shown(self, inputs: AttentionInputs, rows: Rows) -> Tensor:
         """``(B|1, h, n, M)`` bool for some of the call's queries."""
@@ -87,14 +90,23 @@ class KeyTiles:
         first_key = first_real_key(inputs)[:, None]
         # What lies before is padding, which nobody sees.
         of_query = self._tile_of(torch.arange(inputs.num_queries, device=device)[rows], inputs)
-        of_key = (torch.arange(inputs.num_keys, device=device) - first_key).clamp(min=0) // self.key_tile
+        key = (torch.arange(inputs.num_keys, device=device) - first_key).clamp(min=0)
+        of_key = key // self.key_tile
         samples = max(len(chosen), len(first_key))
-        return torch.stack(
+        shown = torch.stack(
             [
                 chosen[sample % len(chosen)][:, of_query[sample % len(of_query)]][..., of_key[sample % len(of_key)]]
                 for sample in range(samples)
             ]
         )
+        if self.columns is None:
+            return shown
+        batch, heads, _ = self.columns.shape
+        is_column = torch.zeros(batch, heads, inputs.num_keys + 1, dtype=torch.bool, device=device)
+        is_column = is_column.scatter_(2, self.columns.clamp(max=inputs.num_keys), True)
+        is_column = is_column.expand(samples, -1, -1).gather(2, key.expand(samples, -1)[:, None].expand(-1, heads, -1))
+        behind = key[:, None, :] < self._first_of_tile(of_query, inputs)[:, :, None]
+        return shown | (is_column[:, :, None] & behind[:, None])
 
     def of_last_row(self, inputs: AttentionInputs) -> KeyTiles:
         """The same for the call's last query alone."""
@@ -104,7 +116,16 @@ class KeyTiles:
         samples = max(len(self.chosen), len(tile))
         chosen = self.chosen.expand(samples, -1, -1, -1)
         place = tile.transpose(1, 2).expand(samples, chosen.shape[1], 1, chosen.shape[3])
-        return KeyTiles(chosen.gather(2, place), self.query_tile, self.key_tile)
+        columns = self.columns
+        if columns is not None:
+            first = self._first_of_tile(tile[:, 0, 0], inputs)[:, None]
+            columns = torch.where(columns < first, columns, inputs.num_keys)
+        return KeyTiles(chosen.gather(2, place), self.query_tile, self.key_tile, columns)
+
+    def _first_of_tile(self, tile: Tensor, inputs: AttentionInputs) -> Tensor:
+        """Positions, from the first real key on, of the first queries of tiles ``(B|1, n)``."""
+        first_row = (inputs.query_offset - first_real_key(inputs)).clamp(min=0)
+        return first_row[:, None] + tile * self.query_tile
 
     def _tile_of(self, queries: Tensor, inputs: AttentionInputs) -> Tensor:
         """``(B|1, n)``: the tiles of queries ``(n,)``; the first one's for rows of padding."""

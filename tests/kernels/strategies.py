@@ -128,7 +128,11 @@ def primitives(draw: st.DrawFn, inputs: AttentionInputs, kinds: tuple[type, ...]
             -(-inputs.num_queries // queries),
             -(-inputs.num_keys // keys),
         )
-        tiles = KeyTiles(_bools(draw, size), queries, keys)
+        generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+        columns = torch.randperm(inputs.num_keys + 1, generator=generator)[: draw(st.integers(0, 3))].expand(
+            *size[:2], -1
+        )
+        tiles = KeyTiles(_bools(draw, size), queries, keys, draw(st.sampled_from([None, columns])))
         static = [SinkAndWindow(1, 2), SinkAndWindow(0, 1), PowerOfTwoBlocks(2, 1, 1)]
         return Sparsity(draw(st.sampled_from([*static, tiles])), heads=heads)
     if kind is Regroup:

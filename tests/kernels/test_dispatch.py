@@ -175,6 +175,12 @@ MAP = LogitMap(SOME_KEYS, bias=1.0)
         (small(), [Sparsity(SinkAndWindow(1, 4)), MAP], "pytorch", "beside other edits"),
         (small(), [Sparsity(KeyTiles(torch.ones(1, 1, 3, 3) > 0, 16, 16))], "sparse flash", "key tiles of 16"),
         (small(), [Sparsity(KeyTiles(torch.ones(1, 1, 4, 3) > 0, 10, 16))], "pytorch", "key tiles of 10"),
+        (
+            small(window=8),
+            [Sparsity(KeyTiles(torch.ones(1, 1, 3, 3) > 0, 16, 16, torch.tensor([[[0, 5]]])))],
+            "pytorch",
+            "columns of keys in a sliding window",
+        ),
         (small(), [Sparsity(Diagonal())], "pytorch", "the pattern Diagonal"),
         (small(causal=False), [Sparsity(SinkAndWindow(1, 4))], "pytorch", "not causal"),
         (

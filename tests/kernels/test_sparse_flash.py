@@ -130,17 +130,23 @@ def test_lists_equal_their_mask(case: tuple[AttentionInputs, Tensor | None], hea
     compare(inputs, found, expected(inputs, visits.visited(inputs)))
 
 
-@given(padded_calls(), st.booleans(), st.floats(0, 1), st.integers(0, 2**31))
-@settings(max_examples=60, deadline=None)
-def test_chosen_tiles_equal_their_mask(
-    case: tuple[AttentionInputs, Tensor | None], by_head: bool, share: float, seed: int
+@given(padded_calls(), st.booleans(), st.floats(0, 1), st.sampled_from([None, 0.1, 0.5, 1.0]), st.integers(0, 2**31))
+@settings(max_examples=80, deadline=None)
+def test_chosen_tiles_and_columns_equal_their_mask(
+    case: tuple[AttentionInputs, Tensor | None], by_head: bool, share: float, column_share: float | None, seed: int
 ) -> None:
-    """Chosen without regard to what the model hides."""
+    """Chosen without regard to what the model hides, and columns without regard to the tiles."""
     inputs, first_keys = case
     list_heads = inputs.num_heads if by_head else 1
     shape = (inputs.query.shape[0], list_heads, -(-inputs.num_queries // SMALL[0]), -(-inputs.num_keys // SMALL[1]))
-    chosen = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
-    tiles = KeyTiles(chosen.to(DEVICE), *SMALL[:2])
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(shape, generator=generator) < share
+    columns = None
+    if column_share is not None and inputs.window is None:
+        # In any order; some are none.
+        order = torch.rand(*shape[:2], inputs.num_keys + 3, generator=generator).argsort(-1)
+        columns = order[..., : round(column_share * inputs.num_keys)].to(DEVICE)
+    tiles = KeyTiles(chosen.to(DEVICE), *SMALL[:2], columns)
     visits = visits_of(tiles, inputs, first_keys)
     assert visits.counted(inputs).max() <= 1
     found = sparse_flash(inputs, visits, first_keys=first_keys, with_log_sum_exp=True, config=SMALL)

@@ -30,9 +30,13 @@ def lower_sparsity(inputs: AttentionInputs, edits: Sequence[Primitive]) -> Lower
         raise NotLowered("more than one Sparsity")
     if len(affine) + 1 < len(edits):
         raise NotLowered("a Sparsity beside other edits of the weights")
-    refusal = pattern_refusal(patterns[0].pattern)
+    pattern = patterns[0].pattern
+    refusal = pattern_refusal(pattern)
     if refusal is not None:
         raise NotLowered(refusal)
+    if isinstance(pattern, KeyTiles) and pattern.columns is not None and inputs.window is not None:
+        # Rows of one tile would see different columns at its edge.
+        raise NotLowered("single columns of keys in a sliding window")
     return replace(lower(inputs, affine), sparsity=patterns[0], heads=selected_heads(edits), unscoped=None)
 
 

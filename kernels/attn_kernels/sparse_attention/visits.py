@@ -95,18 +95,29 @@ def visits_of(tiles: KeyTiles, inputs: AttentionInputs, first_keys: Tensor | Non
     seen, in_full = first <= last_row, (last <= first_row) & (last < inputs.num_keys)
     if inputs.window is not None:
         seen, in_full = seen & (last > first_row - inputs.window), in_full & (first > last_row - inputs.window)
-    whole = _lists_without_waiting(tiles.chosen & in_full)
-    part = _lists_without_waiting(tiles.chosen & seen & ~in_full)
-    return Visits(tiles.query_tile, tiles.key_tile, whole, part)
+    numbers = torch.arange(number_of_key_tiles, device=device)
+    whole = _lists_without_waiting(tiles.chosen & in_full, numbers)
+    part = _lists_without_waiting(tiles.chosen & seen & ~in_full, numbers)
+    columns = None
+    if tiles.columns is not None:
+        # From the first real key on, as columns are.
+        row = first_row[None, None] if first_keys is None else first_row - first_keys[:, None, None, None]
+        column = tiles.columns[:, :, None, :]
+        samples, heads = max(len(tiles.chosen), len(column), len(row)), max(tiles.chosen.shape[1], column.shape[1])
+        place = (column // tiles.key_tile).clamp(max=number_of_key_tiles - 1)
+        place = place.expand(samples, heads, number_of_tiles, -1)
+        has_tile = tiles.chosen.expand(samples, heads, -1, -1).gather(-1, place)
+        columns = _lists_without_waiting(~has_tile & (column < row) & (column < inputs.num_keys), column)
+    return Visits(tiles.query_tile, tiles.key_tile, whole, part, columns)
 
 
-def _lists_without_waiting(chosen: Tensor) -> Lists:
-    """As ``lists_of``, in a pool that would hold every entry."""
+def _lists_without_waiting(chosen: Tensor, entries: Tensor) -> Lists:
+    """As ``lists_of``, of ``entries`` broadcast over ``chosen``, in a pool that would hold every one."""
     size = chosen.numel()
     ends = chosen.sum(-1).flatten().cumsum(0)
     begin = torch.cat([ends.new_zeros(1), ends])
     place = begin[:-1].view(chosen.shape[:-1])[..., None] + chosen.cumsum(-1) - 1
-    entry = torch.arange(chosen.shape[-1], device=chosen.device, dtype=torch.int32).expand(chosen.shape)
+    entry = entries.to(torch.int32).expand(chosen.shape)
     # What is not chosen goes to a place of its own behind all lists.
     pool = torch.empty(size + 1, dtype=torch.int32, device=chosen.device)
     pool.scatter_(0, torch.where(chosen, place, size).flatten(), entry.flatten())
