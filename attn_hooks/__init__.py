@@ -27,6 +27,7 @@ from attn_hooks.methods.spin import SPIN
 from attn_hooks.methods.streaming import Streaming
 from attn_hooks.methods.var import VAR
 from attn_hooks.methods.vcd import VCD
+from attn_hooks.methods.vertical_slash import VerticalSlash
 from attn_hooks.methods.vhr import VHR
 from attn_hooks.methods.xattention import XAttention
 from attn_hooks.model_info import LayerInfo, ModelInfo, inspect_model, layout_of
@@ -70,6 +71,7 @@ __all__ = [
     "TokenLayout",
     "UnsupportedArgumentError",
     "UnsupportedModelError",
+    "VerticalSlash",
     "XAttention",
     "build_edit",
     "editing",

@@ -32,6 +32,7 @@ SHIPPED = {
     "streaming": "attn_hooks.methods.streaming:Streaming",
     "var": "attn_hooks.methods.var:VAR",
     "vcd": "attn_hooks.methods.vcd:VCD",
+    "vertical_slash": "attn_hooks.methods.vertical_slash:VerticalSlash",
     "vhr": "attn_hooks.methods.vhr:VHR",
     "xattention": "attn_hooks.methods.xattention:XAttention",
 }

@@ -50,6 +50,11 @@ BUDGETS = ("small", "middle", "large")
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "streaming": ({"window": 512}, {"window": 1024}, {"window": 4096}),
     "power": ({"window_blocks": 4}, {"window_blocks": 16}, {"window_blocks": 48}),
+    "vertical_slash": (
+        {"vertical": 100, "slash": 100},
+        {"vertical": 300, "slash": 300},
+        {"vertical": 1000, "slash": 1000},
+    ),
     "xattention": (
         {"block": 64, "stride": 8, "threshold": 0.5},
         {"block": 64, "stride": 8, "threshold": 0.8},

@@ -24,6 +24,7 @@ ATTN_HOOKS = {
     "VAR",
     "VCD",
     "VHR",
+    "VerticalSlash",
     "XAttention",
     "Ablate",
     "AttentionCall",

@@ -152,7 +152,9 @@ def test_a_wrap_that_fails_leaves_earlier_edits_in_force(edits: tuple[object, ..
 def test_explain_and_inspect_change_nothing() -> None:
     model = tiny_llama()
     before = snapshot.take(model)
-    attn_hooks.explain(model, *(edit for name, edit in ACTING_EDITS.items() if name not in ("power", "xattention")))
+    attn_hooks.explain(
+        model, *(edit for name, edit in ACTING_EDITS.items() if name not in ("power", "vertical_slash", "xattention"))
+    )
     attn_hooks.inspect_model(model).refusals()
     assert snapshot.changes(before, model) == []
     attn_hooks.wrap(model, ACTING_EDITS["streaming"])

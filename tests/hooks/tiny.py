@@ -8,7 +8,18 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from attn_hooks import ACT, PASTA, Ablate, Edit, HeadAffine, PowerAttention, SinkScale, Streaming, XAttention
+from attn_hooks import (
+    ACT,
+    PASTA,
+    Ablate,
+    Edit,
+    HeadAffine,
+    PowerAttention,
+    SinkScale,
+    Streaming,
+    VerticalSlash,
+    XAttention,
+)
 
 VOCAB_SIZE = 64
 PAD, BOS, EOS = 0, 1, 2
@@ -87,5 +98,6 @@ ACTING_EDITS: dict[str, Edit] = {
     "power": PowerAttention(block=2, window_blocks=1, sink_blocks=0),
     "sink_scale": SinkScale(scale=4.0),
     "streaming": Streaming(sinks=1, window=3),
+    "vertical_slash": VerticalSlash(vertical=1, slash=1, first=0, nearest=1, last=2, query_block=2, block=2),
     "xattention": XAttention(threshold=0.0, stride=1, block=2),
 }

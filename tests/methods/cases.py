@@ -19,6 +19,7 @@ from attn_hooks import (
     PowerAttention,
     SinkScale,
     Streaming,
+    VerticalSlash,
     XAttention,
 )
 from tests.models import SIZES
@@ -62,6 +63,12 @@ CASES = [
     Case(
         VAR(p=0.1, rho=0.0, summ=0.05, tau=1.5, dims=(0, 5, 9)),
         VAR(p=1.0, rho=0.0, summ=0.05, tau=1.5, dims=(0, 5, 9)),
+        frozen_on_prompt=True,
+        chunks=False,
+    ),
+    Case(
+        VerticalSlash(vertical=2, slash=2, first=1, nearest=1, last=3, query_block=2, block=2),
+        VerticalSlash(vertical=1000, slash=2, first=1, nearest=1, last=3, query_block=2, block=2),
         frozen_on_prompt=True,
         chunks=False,
     ),
