@@ -7,15 +7,19 @@ of SDPA's cuDNN and flash backends at that length in the same run. Medians of CU
 
 ``kernel`` rows: random causal lists, a diagonal of masked tiles, and a share of what lies before it, as key tiles or as single
 columns. ``density`` is the share of all causal pairs of a query and a key that is computed, ``share_of_dense_rate`` how many
-of them a second, as a share of the dense baseline's. Making the lists is not in the time; a method's rows have it as
-``select_ms``, which is 0 for static patterns. Random q and k: these rows are about time, and have no recall.
+of them a second, as a share of the dense baseline's. Making the lists is not in the time. Random q and k: these rows are about
+time, and have no recall.
+
+A method's rows are of queries and keys with a known structure (``bench.structured``). ``ours_ms`` has everything in it, of which
+``select_ms`` is for choosing keys and making their lists, 0 for static patterns. ``recall`` is the share of dense attention that
+the visited keys hold, the mean and the 5th percentile over heads and ``RECALL_ROWS`` rows, on which ``density`` is counted, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +29,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attn_kernels import AttentionInputs, PowerOfTwoBlocks, SinkAndWindow
+from attn_hooks import AttentionCall, Edit, PowerAttention, Streaming, TokenLayout, VerticalSlash, XAttention
+from attn_kernels import AttentionInputs, KeyTiles, Sparsity, measure_recall
 from attn_kernels.patterns import Pattern
 from attn_kernels.sparse_attention.sparse_flash import sparse_flash
-from attn_kernels.sparse_attention.visits import Lists, Visits, lists_of
+from attn_kernels.sparse_attention.visits import Lists, Visits, lists_of, visits_of
 from bench.render import markdown_table, number
 from bench.shapes import (
     SHAPES,
@@ -43,23 +48,35 @@ from bench.shapes import (
     rounded,
     short,
 )
+from bench.structured import structured_query_key
 
 SHAPE = "llama-3.1-8b"
-LENGTHS, SMOKE_LENGTHS = (8192, 32768, 131072, 262144), (256,)
+LENGTHS, SMOKE_LENGTHS = (8192, 32768, 131072, 262144), (512,)
 QUERY_TILE, KEY_TILE = 128, 64
 # Shares of the keys before the diagonal; above 32K tokens lists of columns take too much memory to draw.
 TILE_DENSITIES = {8192: (0.1, 0.3, 0.5, 0.7), 32768: (0.1, 0.3, 0.7), 131072: (0.05, 0.1)}
 COLUMN_DENSITIES = {8192: (0.1, 0.3), 32768: (0.05, 0.1)}
-PATTERNS: dict[str, dict[str, Pattern]] = {
+EDITS: dict[str, dict[str, Edit]] = {
     "streaming": {
-        "4 sinks, window 1024": SinkAndWindow(4, 1024),
-        "128 sinks, window 4096": SinkAndWindow(128, 4096),
+        "4 sinks, window 1024": Streaming(sinks=4, window=1024),
+        "128 sinks, window 4096": Streaming(sinks=128, window=4096),
     },
     "power": {
-        "block 64, 4 of window": PowerOfTwoBlocks(64, 4, 1),
-        "block 128, 8 of window": PowerOfTwoBlocks(128, 8, 1),
+        "block 64, 4 of window": PowerAttention(block=64, window_blocks=4, sink_blocks=1),
+        "block 128, 8 of window": PowerAttention(block=128, window_blocks=8, sink_blocks=1),
+    },
+    "xattention": {
+        "stride 16, threshold 0.9": XAttention(threshold=0.9, stride=16),
+        "stride 16, threshold 0.7": XAttention(threshold=0.7, stride=16),
+        "stride 8, threshold 0.9": XAttention(threshold=0.9, stride=8),
+    },
+    "vertical_slash": {
+        "1000 and 6096": VerticalSlash(vertical=1000, slash=6096),
+        "1000 and 1000": VerticalSlash(vertical=1000, slash=1000),
+        "300 and 200": VerticalSlash(vertical=300, slash=200),
     },
 }
+RECALL_ROWS = 256
 
 
 def call_of(shape: AttentionShape, length: int, device: torch.device) -> AttentionInputs:
@@ -104,14 +121,30 @@ def random_visits(inputs: AttentionInputs, kind: str, share: float) -> tuple[Vis
     return Visits(QUERY_TILE, KEY_TILE, part=part, columns=columns), pairs + size * group * QUERY_TILE
 
 
-def pattern_density(pattern: Pattern, length: int, device: torch.device) -> float:
-    """Share of the causal pairs that a pattern shows, counted on 1024 rows."""
-    index = torch.arange(length, device=device)
-    seen = possible = 0
-    for rows in index[:: max(1, length // 1024)].split(64):
-        shown = pattern.visible(rows[:, None], index[None]) & (index <= rows[:, None])
-        seen, possible = seen + int(shown.sum()), possible + int((rows + 1).sum())
-    return seen / possible
+def as_prompt(inputs: AttentionInputs) -> AttentionCall:
+    """The call as a layer's first forward of a prompt."""
+    kinds = torch.ones(1, inputs.num_keys, dtype=torch.uint8, device=inputs.query.device)
+    return AttentionCall(
+        inputs, "llama", 0, 1, range(inputs.num_heads), "prefill", TokenLayout(kinds), None, kinds, inputs.num_keys, {}
+    )
+
+
+def chosen_by(edit: Edit, inputs: AttentionInputs) -> Sparsity | None:
+    """What the edit does to a prompt; None: nothing."""
+    found = edit.primitives(as_prompt(inputs))
+    if not found:
+        return None
+    (sparsity,) = found
+    assert isinstance(sparsity, Sparsity)
+    return sparsity
+
+
+def visited_by(edit: Edit, inputs: AttentionInputs) -> Visits | Pattern:
+    """For the kernel. Chooses anew."""
+    sparsity = chosen_by(edit, inputs)
+    assert sparsity is not None
+    pattern = sparsity.pattern
+    return visits_of(pattern, inputs, None) if isinstance(pattern, KeyTiles) else pattern
 
 
 class Bench:
@@ -124,46 +157,74 @@ class Bench:
 
     def run(self) -> None:
         for length in self.options.lengths or (SMOKE_LENGTHS if self.options.smoke else LENGTHS):
-            inputs = call_of(self.shape, length, self.device)
-            dense = self.dense(inputs)
-            for row, make in self.rows(inputs, length):
-                row = {**row, "n": length, "dense_ms": rounded(dense)}
-                if self.results.has(row):
-                    continue
-                if self.budget.left < 8:
-                    self.results.note("skipped", f"{row['method']} {row['setting']}, {length} tokens: out of time")
-                    continue
-                try:
-                    visited, pairs = make()
-                    row["ours_ms"] = rounded(self.milliseconds(partial(sparse_flash, inputs, visited)))
-                    row |= self.gained(row, pairs, length, dense)
-                    del visited
-                except Exception as problem:
-                    row["error"] = short(problem)
-                self.results.put(row)
-                print({name: value for name, value in row.items() if value is not None}, flush=True)
-                free_memory()
+            wanted = self.options.only or ["kernel", *EDITS]
+            if "kernel" in wanted:
+                self.kernel(call_of(self.shape, length, self.device), length)
+            methods = [name for name in EDITS if name in wanted]
+            if methods and self.budget.left > 8:
+                shape, dtype = self.shape, torch.bfloat16 if self.device.type == "cuda" else torch.float32
+                made = structured_query_key(
+                    length, shape.heads, shape.kv_heads, max(64, shape.head_dim), device=self.device, dtype=dtype
+                )
+                self.methods(made.inputs, length, methods)
 
-    def rows(self, inputs: AttentionInputs, length: int) -> Iterator[tuple[Row, Callable[[], tuple[Any, int | None]]]]:
-        wanted = self.options.only or ["kernel", *PATTERNS]
-        empty = dict.fromkeys(("kind", "density", "recall", "recall_p5", "select_ms", "speedup", "share_of_dense_rate"))
+    def kernel(self, inputs: AttentionInputs, length: int) -> None:
+        dense = self.dense(inputs)
         for kind, densities in (("tile", TILE_DENSITIES), ("column", COLUMN_DENSITIES)):
-            for share in densities.get(length, (0.3,) if self.options.smoke else ()) if "kernel" in wanted else ():
-                row = {**empty, "method": "kernel", "setting": f"{kind}s, {share} of the past", "kind": kind}
-                yield row, lambda kind=kind, share=share: random_visits(inputs, kind, share)
-        for method in [name for name in PATTERNS if name in wanted]:
-            for setting, pattern in PATTERNS[method].items():
-                density = rounded(pattern_density(pattern, length, self.device))
-                row = {**empty, "method": method, "setting": setting, "density": density, "select_ms": 0.0}
-                yield row, lambda pattern=pattern: (pattern, None)
+            for share in densities.get(length, (0.3,) if self.options.smoke else ()):
+                row = self.row("kernel", f"{kind}s, {share} of the past", length, dense)
 
-    def gained(self, row: Row, pairs: int | None, length: int, dense: float) -> Row:
-        causal = self.shape.heads * length * (length + 1) / 2
-        found: Row = {"speedup": rounded(dense / row["ours_ms"])}
-        if pairs is not None:
-            found["density"] = rounded(pairs / causal)
-            found["share_of_dense_rate"] = rounded(pairs / causal * dense / row["ours_ms"])
-        return found
+                def measure(row: Row, kind: str = kind, share: float = share) -> None:
+                    visited, pairs = random_visits(inputs, kind, share)
+                    row["kind"] = kind
+                    row["ours_ms"] = rounded(self.milliseconds(partial(sparse_flash, inputs, visited)))
+                    causal = self.shape.heads * length * (length + 1) / 2
+                    row["density"] = rounded(pairs / causal)
+                    row["share_of_dense_rate"] = rounded(pairs / causal * dense / row["ours_ms"])
+
+                self.put(row, measure)
+
+    def methods(self, inputs: AttentionInputs, length: int, names: Sequence[str]) -> None:
+        dense = self.dense(inputs)
+        rows = torch.linspace(0, length - 1, min(RECALL_ROWS, length)).round().long()
+        for name in names:
+            for setting, edit in EDITS[name].items():
+
+                def measure(row: Row, edit: Edit = edit) -> None:
+                    sparsity = chosen_by(edit, inputs)
+                    if sparsity is None:
+                        row["error"] = "dense at this length"
+                        return
+                    kept = measure_recall(inputs, sparsity, rows).total()
+                    row |= {"density": rounded(kept.density), "recall": rounded(kept.recall)}
+                    row["recall_p5"] = rounded(kept.recall_p5)
+                    chooses = isinstance(sparsity.pattern, KeyTiles)
+                    del sparsity
+                    free_memory()
+                    row["select_ms"] = rounded(self.milliseconds(lambda: visited_by(edit, inputs))) if chooses else 0.0
+                    row["ours_ms"] = rounded(self.milliseconds(lambda: sparse_flash(inputs, visited_by(edit, inputs))))
+
+                self.put(self.row(name, setting, length, dense), measure)
+
+    def row(self, method: str, setting: str, length: int, dense: float) -> Row:
+        empty = ("kind", "density", "recall", "recall_p5", "select_ms", "speedup", "share_of_dense_rate")
+        return {"method": method, "setting": setting, "n": length, **dict.fromkeys(empty), "dense_ms": rounded(dense)}
+
+    def put(self, row: Row, measure: Callable[[Row], None]) -> None:
+        if self.results.has(row):
+            return
+        if self.budget.left < 8:
+            self.results.note("skipped", f"{row['method']} {row['setting']}, {row['n']} tokens: out of time")
+            return
+        try:
+            measure(row)
+            if "ours_ms" in row:
+                row["speedup"] = rounded(row["dense_ms"] / row["ours_ms"])
+        except Exception as problem:
+            row["error"] = short(problem)
+        self.results.put(row)
+        print({name: value for name, value in row.items() if value is not None}, flush=True)
+        free_memory()
 
     def dense(self, inputs: AttentionInputs) -> float:
         if self.device.type == "cpu":
@@ -198,12 +259,13 @@ def sparse_table(rows: list[Row]) -> str:
             row["method"],
             row["setting"],
             f"{row['n'] // 1024}K",
-            number(row.get("density"), ".3f"),
-            *(number(row.get(name)) for name in ("dense_ms", "ours_ms", "speedup", "share_of_dense_rate")),
+            *(number(row.get(name), ".3f") for name in ("density", "recall", "recall_p5")),
+            *(number(row.get(name)) for name in ("dense_ms", "select_ms", "ours_ms", "speedup", "share_of_dense_rate")),
         ]
         for row in rows
     ]
-    heads = ["method", "setting", "tokens", "density", "dense ms", "ours ms", "speedup", "share of the dense rate"]
+    heads = ["method", "setting", "tokens", "density", "recall", "5th percentile"]
+    heads += ["dense ms", "choosing ms", "ours ms", "speedup", "share of the dense rate"]
     return markdown_table(heads, body)
 
 
