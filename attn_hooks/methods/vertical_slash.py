@@ -30,6 +30,9 @@ from attn_hooks.edit import Edit, Heads, Layers, Positive, Reads, Scope, Writes
 from attn_kernels import AttentionInputs, KeyTiles, Primitive, Sparsity
 from attn_kernels.patterns import first_real_key
 
+# Scores of so many pairs are in memory at once.
+MOST_SCORES = 2**26
+
 
 class VerticalSlash(Edit):
     """vertical, slash: columns and diagonals kept. last: queries that choose. query_block, block: queries and keys of a tile."""
@@ -108,15 +111,16 @@ def column_and_diagonal_mass(inputs: AttentionInputs, last: int) -> tuple[Tensor
         )
     query = query.unflatten(1, (kv_heads, -1))
     columns, diagonals = [], []
-    # The scores of all heads at once would be larger than the keys.
-    for kv_head in range(kv_heads):
-        key = inputs.key[:, kv_head, None].transpose(-1, -2)
-        logits = (query[:, kv_head] @ key).float() * inputs.scaling
+    # The scores of all heads at once could be larger than the keys.
+    at_once = max(1, MOST_SCORES // query[:, 0, :, :, 0].numel() // num_keys)
+    for first in range(0, kv_heads, at_once):
+        kv = slice(first, first + at_once)
+        logits = (query[:, kv] @ inputs.key[:, kv, None].transpose(-1, -2)).float() * inputs.scaling
         if inputs.softcap is not None:
             logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
-        seen = visible if visible.shape[1] == 1 else visible.unflatten(1, (kv_heads, -1))[:, kv_head]
+        seen = visible[:, None] if visible.shape[1] == 1 else visible.unflatten(1, (kv_heads, -1))[:, kv]
         # Rows of padding see nothing.
-        weights = logits.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+        weights = logits.masked_fill_(~seen, -torch.inf).softmax(-1).nan_to_num_(0.0).flatten(1, 2)
         columns.append(weights.sum(2))
         # In lines longer by one, what stood on one diagonal stands below each other.
         lines = functional.pad(weights, (last, 0)).flatten(2)

@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
+from attn_hooks import engine
 from attn_hooks.call import AttentionCall
 from attn_hooks.edit import Edit, Heads, Layers, Positive, Reads, Scope, Writes
 from attn_kernels import AttentionInputs, KeyTiles, Primitive, Sparsity
@@ -82,6 +83,10 @@ def antidiagonal_mass(inputs: AttentionInputs, stride: int, block: int) -> Tenso
     batch, heads, kv_heads = inputs.query.shape[0], inputs.num_heads, inputs.key.shape[1]
     first_key, first_row = _first_key_and_row(inputs)
     is_key, is_query = inputs.key_valid.expand(batch, -1), inputs.query_valid.expand(batch, -1)
+    if engine.has_kernels(inputs):
+        found = _on_the_device(inputs, stride, block, first_key, first_row)
+        if found is not None:
+            return found
     key = _runs(_from_place(inputs.key.masked_fill(~is_key[:, None, :, None], 0), first_key, inputs), stride, block)
     # Scaled before: in float16 the sums could overflow.
     query = _from_place(inputs.query * (inputs.scaling / stride), first_row, inputs)
@@ -109,6 +114,35 @@ def antidiagonal_mass(inputs: AttentionInputs, stride: int, block: int) -> Tenso
         cells = scores.unflatten(-1, (-1, runs_a_block)).unflatten(3, (-1, runs_a_block))
         found.append(cells.sum((4, 6)).flatten(1, 2))
     return torch.cat(found, dim=2)
+
+
+def _on_the_device(
+    inputs: AttentionInputs, stride: int, block: int, first_key: Tensor, first_row: Tensor
+) -> Tensor | None:
+    """By the kernel; None where it knows no blocks of so many runs."""
+    from attn_kernels.sparse_attention.antidiagonal import RUNS_OF_BLOCK, antidiagonal_block_mass
+
+    if block // stride not in RUNS_OF_BLOCK:
+        return None
+    key, padding, batch = inputs.key, None, inputs.query.shape[0]
+    if inputs.padded:
+        is_key, is_query = inputs.key_valid.expand(batch, -1), inputs.query_valid.expand(batch, -1)
+        key = key.masked_fill(~is_key[:, None, :, None], 0)
+        padding = (
+            first_row,
+            first_key,
+            *(
+                _in_runs(
+                    _from_place(real[:, None, :, None], first, inputs),
+                    -(-real.shape[1] // block) * (block // stride),
+                    stride,
+                )
+                for real, first in ((is_query, first_row), (is_key, first_key))
+            ),
+        )
+    return antidiagonal_block_mass(
+        inputs.query, key, inputs.scaling, stride, block, inputs.query_offset, inputs.window, padding
+    )
 
 
 def _first_key_and_row(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:

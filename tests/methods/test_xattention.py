@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import attn_hooks
-from attn_hooks import AttentionCall, XAttention
+from attn_hooks import AttentionCall, XAttention, engine
 from attn_hooks.methods.xattention import antidiagonal_mass, forced_blocks, heaviest
 from attn_kernels import AttentionInputs, KeyTiles, Sparsity
 from tests.hooks.tiny import padded_batch, prompt, tiny_llama
+from tests.kernels.triton_device import on_device
 
 
 def literal_mass(query: Tensor, key: Tensor, offset: int, scaling: float, stride: int, block: int) -> Tensor:
@@ -102,6 +105,33 @@ def test_masses_and_choices_are_the_paper_s(inputs: AttentionInputs, sizes: tupl
             wanted = literal_choice(own[0, 0, :rows, :columns], position, block, threshold)
             held, needed = (float((own[0, 0, :rows, :columns] * which).sum()) for which in (chosen, wanted))
             assert torch.equal(chosen, wanted) or held == pytest.approx(needed, rel=1e-5)
+
+
+@given(calls(), st.sampled_from([(1, 2), (2, 4), (4, 4), (2, 8)]), st.sampled_from([None, 5]))
+@settings(max_examples=40, deadline=None)
+def test_the_kernel_finds_the_same_masses(inputs: AttentionInputs, sizes: tuple[int, int], window: int | None) -> None:
+    inputs = on_device(replace(inputs, window=window))
+    with patch.object(engine, "has_kernels", return_value=False):
+        wanted = antidiagonal_mass(inputs, *sizes)
+    with patch.object(engine, "has_kernels", return_value=True):
+        found = antidiagonal_mass(inputs, *sizes)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_kernel_without_padding_in_each_dtype(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    index = torch.arange(150)
+    tensors = (torch.randn(1, heads, 150, 72, generator=generator).to(dtype) for heads in (4, 2, 2))
+    inputs = AttentionInputs(
+        *tensors, 0.2, index, index, index[None], index[None], torch.ones(1, 150) > 0, first_query=0, padded=False
+    )
+    inputs = on_device(inputs)
+    with patch.object(engine, "has_kernels", return_value=False):
+        wanted = antidiagonal_mass(replace(inputs, query=inputs.query.float(), key=inputs.key.float()), 8, 64)
+    with patch.object(engine, "has_kernels", return_value=True):
+        found = antidiagonal_mass(inputs, 8, 64)
+    torch.testing.assert_close(found, wanted, rtol=2e-3, atol=2e-3)
 
 
 def test_large_products_do_not_overflow_in_float16() -> None:
