@@ -306,7 +306,7 @@ class StreamRunner:
         if self.in_flight.is_second:
             return None
         # What interrupts a forward passes its hooks by.
-        self._part()
+        self.part()
         given = dict(zip(self.tracker.outer_parameters, args, strict=False)) | kwargs
         if given.get("labels") is not None:
             raise error("stream-training", method=self.edit.method, model=self.model.model_class)
@@ -337,8 +337,8 @@ class StreamRunner:
         _plans.refuse()
         return (), both
 
-    def _part(self) -> InStep | None:
-        """Ends the forward over both streams, if one was begun."""
+    def part(self) -> InStep | None:
+        """Ends the forward over both streams, if one was begun: each cache has its own rows again."""
         in_step, self.in_flight.in_step = self.in_flight.in_step, None
         if in_step is not None:
             self.tracker.in_flight.beside, self.tracker.in_flight.without_edits = 0, False
@@ -359,7 +359,7 @@ class StreamRunner:
         """Forward hook of the whole model, also where that failed: the logits of both streams."""
         if self.in_flight.is_second or self.in_flight.given is None:
             return None
-        in_step, second = self._part(), None
+        in_step, second = self.part(), None
         if output is None:
             return None
         if in_step is not None:

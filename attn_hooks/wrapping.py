@@ -60,6 +60,7 @@ class Wrapping:
     trackers: dict[str, SequenceTracker] = field(default_factory=dict)
     own_configs: dict[str, Any] = field(default_factory=dict)
     hooked: dict[str, list[RemovableHandle]] = field(default_factory=dict)
+    second_stream: StreamRunner | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A model unpickled in a fresh process needs our names known there."""
@@ -105,7 +106,10 @@ class Wrapping:
         for handles in self.hooked.values():
             for handle in handles:
                 handle.remove()
-        self.own_configs, self.hooked = {}, {}
+        if self.second_stream is not None:
+            # What interrupted a forward has passed its hooks by.
+            self.second_stream.part()
+        self.own_configs, self.hooked, self.second_stream = {}, {}, None
         for name in (PIXELS_ATTRIBUTE, EXPANSION_ATTRIBUTE):
             vars(model).pop(name, None)
         delattr(model, WRAPPING_ATTRIBUTE)
@@ -147,6 +151,7 @@ class Wrapping:
             vars(model)[EXPANSION_ATTRIBUTE] = PixelsOfPrompts(model, self.info, edit.method)
         runner_type = CandidateRunner if isinstance(edit, CandidateEdit) else StreamRunner
         runner = runner_type(edit, place, self.info, tracker, self.recorder, alone=len(self.edits) == 1)
+        self.second_stream = runner
         self.hooked["second stream"] = [
             model.register_forward_pre_hook(runner.before_forward, with_kwargs=True),
             decoder.register_forward_pre_hook(runner.before_decoder, with_kwargs=True),

@@ -269,6 +269,13 @@ def test_a_step_that_fails_leaves_the_cache_its_rows(failure: type[BaseException
         assert streams._plans.refusing == 0
     with attn_hooks.editing(model, VCD(alpha=0.7, beta=0.0)):
         assert torch.equal(generated(model, inputs).sequences, expected)
+        cache = model(**inputs).past_key_values
+        failing = model.get_submodule("model.language_model.layers.1").register_forward_pre_hook(fail)
+        with pytest.raises(failure):
+            model(**step, past_key_values=cache)
+    failing.remove()
+    assert all(len(layer.keys) == len(layer.values) == 3 for layer in cache.layers), "unwrapped right after it"
+    assert streams._plans.refusing == 0
 
 
 @torch.no_grad()
