@@ -308,6 +308,19 @@ CATALOGUE: dict[str, Entry] = {
         "Later turns may bring text; what a later image is to the second stream is not defined.",
         "Give all images in the first forward, or start the sequence anew with the whole conversation.",
     ),
+    "stream-no-text": Entry(
+        UnsupportedArgumentError,
+        "{model}: a prompt has nothing but its image, and the second stream of {method} is the prompt without it.",
+        "A model has no next token after nothing.",
+        "Begin the prompt with a token of text, such as BOS.",
+    ),
+    "stream-positions": Entry(
+        UnsupportedArgumentError,
+        "{model}: logits_to_keep is a tensor of positions, and {method} makes the next token's logits from the last ones of two "
+        "streams.",
+        "The same positions are other tokens in a second stream.",
+        "Give logits_to_keep as a number, or leave it out and take the positions from the result.",
+    ),
     "candidates": Entry(
         UnsupportedModelError,
         "{model}: {method} tries all candidates for the next token in one forward and takes them back, and here {reason}.",

@@ -157,7 +157,8 @@ class StreamState:
     cache: DynamicCache | None = None
     in_step: InStep | None = None
     waiting: list[dict[str, Any]] = field(default_factory=list)
-    text_from: int = 0  # positions of the main prompt from here on are in both streams, with the same text
+    # (B, positions of the main prompt) where in its own prompt the text up to there ends; -1 where its image is not over.
+    places: Tensor | None = None
 
     def select_rows(self, rows: Tensor) -> None:
         """As beams go on from others of their sample, which share its prompt."""
@@ -310,6 +311,8 @@ class StreamRunner:
         given = dict(zip(self.tracker.outer_parameters, args, strict=False)) | kwargs
         if given.get("labels") is not None:
             raise error("stream-training", method=self.edit.method, model=self.model.model_class)
+        if isinstance(given.get("logits_to_keep"), Tensor):
+            raise error("stream-positions", method=self.edit.method, model=self.model.model_class)
         cache = given.get("past_key_values")
         self.in_flight.given, self.in_flight.embeddings = given, None
         self.in_flight.past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
@@ -421,9 +424,6 @@ class StreamRunner:
         prompt = Prompt(given, embeddings, tokens, sequence.layout, self.model, seen, sequence.of_forward)
         second = self.edit.second_stream(prompt)
         positions = given.get("position_ids")
-        after_image = torch.where(
-            prompt.image.any(0), torch.arange(prompt.image.shape[1], device=embeddings.device) + 1, 0
-        )
         state = StreamState(
             arguments={},
             same_tokens=second.keep is None,
@@ -431,15 +431,18 @@ class StreamRunner:
             prompt_mask=None,
             prompt_length=embeddings.shape[1],
             positions_dims=positions.ndim if isinstance(positions, Tensor) else 2,
-            text_from=int(after_image.max()),
         )
         unchanged = {name: value for name, value in given.items() if name not in ("past_key_values", "logits_to_keep")}
         if second.keep is None:
             return replace(state, arguments={**unchanged, **second.arguments})
         mask = two_dimensional(given.get("attention_mask"))
         keep = second.keep if mask is None else second.keep & mask.bool()
+        tokens_kept = keep.sum(1)
+        if not bool(tokens_kept[state.has_image].all()):
+            raise error("stream-no-text", method=self.edit.method, model=self.model.model_class)
         # To the right, in order; what is left out becomes padding on the left.
-        order = torch.sort(keep.to(torch.uint8), dim=1, stable=True).indices[:, -int(keep.sum(1).max()) :]
+        length = int(tokens_kept.max())
+        order = torch.sort(keep.to(torch.uint8), dim=1, stable=True).indices[:, -length:]
         own_mask = keep.gather(1, order).long()
         kept = embeddings.gather(1, order[..., None].expand(-1, -1, embeddings.shape[-1]))
         arguments = {
@@ -448,7 +451,11 @@ class StreamRunner:
             "position_ids": _positions(own_mask, 0, state.positions_dims),
             "use_cache": True,
         }
-        return replace(state, arguments=arguments, prompt_mask=own_mask)
+        position = torch.arange(keep.shape[1], device=keep.device)
+        last_of_image = torch.where(prompt.image, position, -1).amax(1, keepdim=True)
+        places = length - tokens_kept[:, None] + keep.cumsum(1) - 1
+        has_text = (keep.cumsum(1) > 0) & (position >= last_of_image) & state.has_image[:, None]
+        return replace(state, arguments=arguments, prompt_mask=own_mask, places=places.where(has_text, -1))
 
     def _keep(self, cache: Cache | None, state: StreamState | None) -> None:
         """On the main cache, whose changes of rows the second stream has to follow."""
@@ -472,25 +479,28 @@ class StreamRunner:
         main, cutoff = logits.float(), self.edit.cutoff
         record = self.recorder.records[self.place]
         record.calls["decode" if state.waiting or second is not None else "prefill"] += 1
-        steps = logits.shape[1]
-        if not state.waiting and not state.same_tokens:
-            # Of a prompt, the text after the last image stands in both.
-            steps = min(steps, state.prompt_length - state.text_from)
-        plausible = main >= main.amax(-1, keepdim=True) + (math.log(cutoff) if cutoff > 0 else -math.inf)
+        steps = own_steps = logits.shape[1]
         has_image = state.has_image.to(main.device)[:, None, None]
-        considered = plausible | ~has_image
+        places, acts = None, has_image
+        if not state.waiting and state.places is not None and state.prompt_mask is not None:
+            # The second stream's prompt is another, and row by row.
+            own_length = state.prompt_mask.shape[1]
+            places = state.places[:, -steps:, None].to(main.device)
+            acts = places >= 0
+            own_steps = own_length - int(places.where(acts, own_length - 1).min())
+        plausible = main >= main.amax(-1, keepdim=True) + (math.log(cutoff) if cutoff > 0 else -math.inf)
         record.steps += 1
         if second is None and steps == 1 and self._is_certain(plausible[:, -1], has_image[:, 0]):
             record.skipped += 1
             combined = main
         else:
-            second = (self._advance(outer, state, steps) if second is None else second).to(main)
-            combined = main.clone()
-            combined[:, -steps:] = torch.where(has_image, self.edit.combine(main[:, -steps:], second), main[:, -steps:])
+            second = (self._advance(outer, state, own_steps) if second is None else second).to(main)
+            if places is not None:
+                of_main = (places - own_length + own_steps).clamp(min=0)
+                second = second.gather(1, of_main.expand(-1, -1, second.shape[-1]))
+            combined = torch.where(acts, self.edit.combine(main, second), main)
         out = torch.finfo(logits.dtype).min if logits.dtype == torch.float16 else -math.inf
-        result = combined.masked_fill(~considered, out)
-        result[:, : result.shape[1] - steps] = main[:, : result.shape[1] - steps]
-        return result.to(logits.dtype)
+        return combined.masked_fill(acts & ~plausible, out).to(logits.dtype)
 
     def _is_certain(self, plausible: Tensor, has_image: Tensor) -> bool:
         """Whether in each row with an image one token alone is ``plausible`` ``(B, vocabulary)``."""

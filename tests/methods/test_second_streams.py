@@ -136,6 +136,32 @@ def test_guidance_is_against_the_text_alone(family: str, beta: float, monkeypatc
     torch.testing.assert_close(found.logits[-1].log_softmax(-1), step.log_softmax(-1), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_guidance_of_a_scored_prompt_knows_no_neighbours(side: str) -> None:
+    """Texts of several lengths after, before and without an image: each token's logits in one forward, whatever the padding. Where
+    the image ends the text before it tells the next token."""
+    model, square = vlms.CASES["llava"].model(), vlms.image(vlms.SQUARE, 0)
+    before = [vlms.BEGIN, vlms.BEGIN + vlms.text(2), vlms.BEGIN + vlms.text(3), vlms.BEGIN]
+    after = [vlms.text(30), vlms.text(5, 9), [], vlms.text(2)]
+    rows = [first + square + last for first, last in zip(before[:3], after[:3], strict=True)] + [before[3] + after[3]]
+    inputs = {**vlms.batch_of(rows, side), **vlms.three_images()}
+    with attn_hooks.editing(model, PAI(alpha=0.0, layers=(0,), gamma=1.4, plausibility=0.0)):
+        found = model(**inputs).logits.log_softmax(-1)
+        last = model(**inputs, logits_to_keep=1).logits.log_softmax(-1)
+    torch.testing.assert_close(last[:, 0], found[:, -1], rtol=1e-4, atol=1e-4)
+    for sample, row in enumerate(rows):
+        begin = len(rows[0]) - len(row) if side == "left" else 0
+        pixels = {} if sample == 3 else {"pixel_values": inputs["pixel_values"][sample : sample + 1]}
+        main = model(**vlms.batch_of([row]), **pixels).logits[0].log_softmax(-1)
+        if sample < 3:
+            text = model(**vlms.batch_of([before[sample] + after[sample]])).logits[0].log_softmax(-1)
+            guided = slice(len(before[sample]) + vlms.SQUARE - 1, None)
+            text = text[len(before[sample]) - 1 :]
+            main[guided] = (1.4 * (main[guided] - text) + text).log_softmax(-1)
+        torch.testing.assert_close(found[sample, begin : begin + len(row)], main, rtol=1e-3, atol=1e-4)
+
+
 @torch.no_grad()
 def test_damro_is_against_the_patches_that_the_tower_looks_at() -> None:
     """The second prompt by hand: its image features are those of three patches, as the tower's own eager weights say."""
@@ -354,6 +380,9 @@ def test_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_followed_is_refused() -> None:
     case = vlms.CASES["llava"]
     model, inputs = case.model(), case.inputs()
+    image_alone = {**vlms.batch_of([vlms.image(vlms.SQUARE, 0)]), "pixel_values": inputs["pixel_values"][:1]}
+    with attn_hooks.editing(model, PAI(layers=(0,))):
+        refused("stream-no-text", lambda: model(**image_alone))
     refused("cannot-compose", lambda: attn_hooks.wrap(model, VCD(), VCD(alpha=0.5)))
     refused("stream-outside", lambda: attn_hooks.wrap(vlms.CASES["blip-2"].model(), VCD()))
     from transformers import DynamicCache
@@ -362,6 +391,7 @@ def test_what_cannot_be_followed_is_refused() -> None:
     model(**inputs, past_key_values=cache)
     with attn_hooks.editing(model, VCD()):
         refused("stream-training", lambda: model(**inputs, labels=inputs["input_ids"]))
+        refused("stream-positions", lambda: model(**inputs, logits_to_keep=torch.tensor([3, 5])))
         odd = {**inputs, "pixel_values": inputs["pixel_values"][[0, 1, 2, 2, 1]]}
         refused("stream-beams", lambda: model.generate(**odd, num_beams=2, max_new_tokens=2))
         step = torch.full((3, 1), 5)
