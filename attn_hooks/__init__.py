@@ -18,6 +18,7 @@ from attn_hooks.methods.damro import DAMRO
 from attn_hooks.methods.eah import EAH
 from attn_hooks.methods.head_affine import HeadAffine
 from attn_hooks.methods.imbalanced import Imbalanced
+from attn_hooks.methods.lofit import LoFiT
 from attn_hooks.methods.opera import Opera
 from attn_hooks.methods.pai import PAI
 from attn_hooks.methods.pasta import PASTA
@@ -61,6 +62,7 @@ __all__ = [
     "ImageSpan",
     "Imbalanced",
     "LayerInfo",
+    "LoFiT",
     "ModelInfo",
     "Opera",
     "PatchGrid",

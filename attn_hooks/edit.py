@@ -110,6 +110,11 @@ class Edit(BaseModel):
             raise ValueError("give layers or heads, not both: heads already name their layers")
         return self
 
+    @classmethod
+    def from_saved(cls, path: str) -> Edit:
+        """The edit that ``"name:path"`` stands for; of methods whose tensors are trained or measured elsewhere."""
+        raise error("nothing-saved", method=cls.method, path=path)
+
     def attends_as(self, call: AttentionCall) -> Tensor | None:
         """Of an edit that writes ``routing``, which is asked for this in place of primitives: ``(B,)`` long, the query head with
         whose queries and keys all heads of a sample attend; -1, or None for all samples: each with its own."""

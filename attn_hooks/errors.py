@@ -443,6 +443,27 @@ CATALOGUE: dict[str, Entry] = {
         "have one.",
         "Ship the adapter (a few kilobytes) beside the base model.",
     ),
+    "bad-adapter": Entry(
+        EditError,
+        "lofit:{path}: {detail}.",
+        "It is no folder or repository with an adapter that attn_hooks.lofit trained, or one of scales, which HeadAffine does not "
+        "apply.",
+        "Give the folder that save_pretrained() wrote; put an adapter of scales on with PeftModel.from_pretrained(model, path).",
+    ),
+    "gated-heads": Entry(
+        EditError,
+        "{method}: layer {layer} of {model} gates or normalises the head outputs before its output projection, and the vectors "
+        "belong behind that. Put the adapter on with PeftModel.from_pretrained(model, path).",
+        "PEFT's wrapper lies on the projection, an edit on the attention call; in Qwen3-Next, Qwen3.5, BitNet and others something "
+        "stands between the two.",
+        "Load the adapter with PEFT; other edits go on top of it with wrap().",
+    ),
+    "nothing-saved": Entry(
+        EditError,
+        "{method}:{path} asks for what was saved under a path, and {method} has only parameters.",
+        "name:path is for methods whose tensors are trained or measured elsewhere, such as lofit.",
+        "Give {'method': name, ...} with the parameters, or the path of a recipe.",
+    ),
     "adapter-format": Entry(
         EditError,
         "LoFiT: this adapter has format version {found}, and this version of attn-hooks reads up to {known}.",

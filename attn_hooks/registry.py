@@ -23,6 +23,7 @@ SHIPPED = {
     "damro": "attn_hooks.methods.damro:DAMRO",
     "head_affine": "attn_hooks.methods.head_affine:HeadAffine",
     "imbalanced": "attn_hooks.methods.imbalanced:Imbalanced",
+    "lofit": "attn_hooks.methods.lofit:LoFiT",
     "opera": "attn_hooks.methods.opera:Opera",
     "pai": "attn_hooks.methods.pai:PAI",
     "pasta": "attn_hooks.methods.pasta:PASTA",
@@ -58,11 +59,12 @@ def _load(place: str) -> type[Edit]:
 
 
 def build_edit(given: str | Mapping[str, Any] | Edit) -> Edit:
-    """An edit from its name, from ``{"method": name, **parameters}``, or as it is."""
+    """An edit from its name, from ``"name:path"`` of what was saved, from ``{"method": name, **parameters}``, or as it is."""
     if isinstance(given, Edit):
         return given
     if isinstance(given, str):
-        return _method(given)()
+        name, colon, path = given.partition(":")
+        return _method(name).from_saved(path) if colon else _method(name)()
     if isinstance(given, Mapping) and isinstance(given.get("method"), str):
         parameters = {str(key): value for key, value in given.items() if key != "method"}
         return _method(given["method"])(**parameters)

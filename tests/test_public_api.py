@@ -37,6 +37,7 @@ ATTN_HOOKS = {
     "ImageSpan",
     "Imbalanced",
     "LayerInfo",
+    "LoFiT",
     "ModelInfo",
     "Opera",
     "PatchGrid",

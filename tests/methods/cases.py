@@ -16,6 +16,7 @@ from attn_hooks import (
     Ablate,
     Edit,
     HeadAffine,
+    LoFiT,
     PowerAttention,
     SinkScale,
     Streaming,
@@ -51,6 +52,7 @@ CASES = [
     Case(ACT(beta=0.1, alpha=1.1), ACT(beta=1.0, alpha=1.1), frozen_on_prompt=True, chunks=False),
     Case(EAH(threshold=1e-6, layers=(1, 2)), EAH(threshold=1.0), frozen_on_prompt=True, chunks=False),
     Case(HeadAffine(gain=GAIN, offset=OFFSET), HeadAffine(gain=torch.ones_like(GAIN), offset=torch.zeros_like(OFFSET))),
+    Case(LoFiT(heads=((1, 2), (3, 0)), offset=OFFSET[1, :2]), LoFiT(heads=((1, 2),), offset=torch.zeros(1, HEAD_DIM))),
     Case(PAI(gamma=1.0, alpha=0.9), PAI(gamma=1.0, alpha=0.0), frozen_on_prompt=True, chunks=False),
     Case(
         PASTA(spans=(((1, 3),),), alpha=0.05, prompt_length=PROMPT),
