@@ -78,7 +78,8 @@ class LoFiT(Edit):
             raise error("bad-adapter", path=path, detail=detail)
         longest = max(rows.shape[1] for rows in by_layer.values())
         padded = [torch.nn.functional.pad(rows, (0, longest - rows.shape[1])) for _, rows in sorted(by_layer.items())]
-        return cls(heads=tuple(map(tuple, heads)), offset=torch.cat(padded).float())
+        pairs = tuple((layer, head) for layer, head in heads)
+        return cls(heads=pairs, offset=torch.cat(padded).float())
 
     def check(self, model: ModelInfo) -> None:
         super().check(model)
