@@ -26,6 +26,7 @@ from attn_hooks.methods.power import PowerAttention
 from attn_hooks.methods.sink_scale import SinkScale
 from attn_hooks.methods.spin import SPIN
 from attn_hooks.methods.streaming import Streaming
+from attn_hooks.methods.trishape import TriShape
 from attn_hooks.methods.var import VAR
 from attn_hooks.methods.vcd import VCD
 from attn_hooks.methods.vertical_slash import VerticalSlash
@@ -71,6 +72,7 @@ __all__ = [
     "Streaming",
     "TokenKind",
     "TokenLayout",
+    "TriShape",
     "UnsupportedArgumentError",
     "UnsupportedModelError",
     "VerticalSlash",

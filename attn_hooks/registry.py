@@ -31,6 +31,7 @@ SHIPPED = {
     "sink_scale": "attn_hooks.methods.sink_scale:SinkScale",
     "spin": "attn_hooks.methods.spin:SPIN",
     "streaming": "attn_hooks.methods.streaming:Streaming",
+    "trishape": "attn_hooks.methods.trishape:TriShape",
     "var": "attn_hooks.methods.var:VAR",
     "vcd": "attn_hooks.methods.vcd:VCD",
     "vertical_slash": "attn_hooks.methods.vertical_slash:VerticalSlash",

@@ -49,6 +49,7 @@ BUDGETS = ("small", "middle", "large")
 # For a model of 8192 tokens: blocks of 64, so that a prompt has 128.
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "streaming": ({"window": 512}, {"window": 1024}, {"window": 4096}),
+    "trishape": ({"window": 384}, {"window": 896}, {"window": 3968}),
     "power": ({"window_blocks": 4}, {"window_blocks": 16}, {"window_blocks": 48}),
     "vertical_slash": (
         {"vertical": 100, "slash": 100},

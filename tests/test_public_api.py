@@ -24,6 +24,7 @@ ATTN_HOOKS = {
     "VAR",
     "VCD",
     "VHR",
+    "TriShape",
     "VerticalSlash",
     "XAttention",
     "Ablate",

@@ -60,16 +60,26 @@ class Order:
 
 @dataclass(frozen=True)
 class Sparsity:
-    """A query visits only the keys that the pattern shows, out of those it may see. Identity: no Sparsity."""
+    """A query visits only the keys that the pattern shows, out of those it may see. Identity: no Sparsity.
+
+    The last ``dense_rows`` of each sample's real queries in the call visit everything.
+    """
 
     pattern: Pattern | KeyTiles
     heads: Tensor | None = None
+    dense_rows: int = 0
 
     def shown(self, inputs: AttentionInputs, rows: Rows) -> Tensor:
         """``(B|1, H|1, n, M)`` bool: what the pattern shows to some of the queries, before the model's own rules."""
         if isinstance(self.pattern, KeyTiles):
-            return self.pattern.shown(inputs, rows)
-        return self.pattern.visible(inputs.query_position[:, None, rows, None], inputs.key_position[:, None, None, :])
+            shown = self.pattern.shown(inputs, rows)
+        else:
+            query_position = inputs.query_position[:, None, rows, None]
+            shown = self.pattern.visible(query_position, inputs.key_position[:, None, None, :])
+        if not self.dense_rows:
+            return shown
+        from_here_on = inputs.query_valid.flip(-1).cumsum(-1).flip(-1)
+        return shown | (from_here_on <= self.dense_rows)[:, None, rows, None]
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,12 @@ def test_explain_and_inspect_change_nothing() -> None:
     model = tiny_llama()
     before = snapshot.take(model)
     attn_hooks.explain(
-        model, *(edit for name, edit in ACTING_EDITS.items() if name not in ("power", "vertical_slash", "xattention"))
+        model,
+        *(
+            edit
+            for name, edit in ACTING_EDITS.items()
+            if name not in ("power", "trishape", "vertical_slash", "xattention")
+        ),
     )
     attn_hooks.inspect_model(model).refusals()
     assert snapshot.changes(before, model) == []

@@ -18,6 +18,7 @@ from attn_hooks import (
     PowerAttention,
     SinkScale,
     Streaming,
+    TriShape,
     VerticalSlash,
     XAttention,
 )
@@ -100,6 +101,7 @@ ACTING_EDITS: dict[str, Edit] = {
     "power": PowerAttention(block=2, window_blocks=1, sink_blocks=0),
     "sink_scale": SinkScale(scale=4.0),
     "streaming": Streaming(sinks=1, window=3),
+    "trishape": TriShape(sinks=1, window=3, dense_rows=2),
     "vertical_slash": VerticalSlash(vertical=1, slash=1, first=0, nearest=1, last=2, query_block=2, block=2),
     "xattention": XAttention(threshold=0.0, stride=1, block=2),
 }

@@ -169,6 +169,8 @@ MAP = LogitMap(SOME_KEYS, bias=1.0)
         (small(sink_logits=torch.zeros(1, 2, 1)), [MAP], "edited flash", "sink logits"),
         (small(), [Order(torch.arange(40)[None], torch.arange(40)[None])], "edited flash", "order by value"),
         (small(), [Sparsity(SinkAndWindow(1, 4))], "sparse flash", "window=4"),
+        (small(), [Sparsity(SinkAndWindow(1, 4), dense_rows=2)], "sparse flash", "window=4"),
+        (small(), [Sparsity(PowerOfTwoBlocks(4, 1, 1), dense_rows=2)], "pytorch", "dense rows under"),
         (small(), [Sparsity(PowerOfTwoBlocks(4, 1, 1), heads=torch.tensor([True, False]))], "sparse flash", "block=4"),
         (small(), [Sparsity(SinkAndWindow(1, 4)), HeadAffine(gain=torch.tensor([1.0, 2.0]))], "sparse flash", "visits"),
         (small(), [Sparsity(SinkAndWindow(1, 4)), Sparsity(SinkAndWindow(0, 2))], "pytorch", "more than one Sparsity"),

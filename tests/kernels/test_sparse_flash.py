@@ -67,9 +67,10 @@ def expected(inputs: AttentionInputs, visited: Tensor) -> tuple[Tensor, Tensor]:
     return weights[..., : key.shape[2]] @ value, log_sum_exp
 
 
-def patterned(inputs: AttentionInputs, pattern: Pattern) -> Tensor:
+def patterned(inputs: AttentionInputs, pattern: Pattern, dense_rows: int = 0) -> Tensor:
     shown = pattern.visible(inputs.query_position[:, None, :, None], inputs.key_position[:, None, None, :])
-    visible = inputs.visible(slice(0, inputs.num_queries)) & shown
+    dense = torch.arange(inputs.num_queries, device=shown.device) >= inputs.num_queries - dense_rows
+    visible = inputs.visible(slice(0, inputs.num_queries)) & (shown | dense[:, None])
     return visible.expand(inputs.query.shape[0], inputs.num_heads, -1, -1)
 
 
@@ -94,6 +95,29 @@ def test_static_patterns_equal_their_mask(case: tuple[AttentionInputs, Tensor | 
     inputs, first_keys = case
     found = sparse_flash(inputs, pattern, first_keys=first_keys, with_log_sum_exp=True, config=SMALL)
     compare(inputs, found, expected(inputs, patterned(inputs, pattern)))
+
+
+@given(padded_calls(), st.builds(SinkAndWindow, st.integers(0, 40), st.integers(1, 40)), st.integers(1, 60))
+@settings(max_examples=60, deadline=None)
+def test_last_rows_are_dense(
+    case: tuple[AttentionInputs, Tensor | None], pattern: SinkAndWindow, dense_rows: int
+) -> None:
+    """Also where they begin inside a tile."""
+    inputs, first_keys = case
+    found = sparse_flash(
+        inputs, pattern, first_keys=first_keys, with_log_sum_exp=True, config=SMALL, dense_rows=dense_rows
+    )
+    wanted = patterned(inputs, pattern, dense_rows)
+    real = inputs.query_valid[:, None, :, None]
+    shown = Sparsity(pattern, dense_rows=dense_rows).shown(inputs, slice(0, inputs.num_queries))
+    visible = inputs.visible(slice(0, inputs.num_queries)) & shown
+    assert torch.equal(wanted & real, (visible & real).expand_as(wanted))
+    compare(inputs, found, expected(inputs, wanted))
+
+
+def test_dense_rows_of_another_pattern_are_refused() -> None:
+    with pytest.raises(TypeError, match="no kernel has dense rows under"):
+        sparse_flash(plain_call(16, 16, 8), PowerOfTwoBlocks(16, 1, 1), dense_rows=2)
 
 
 def random_visits(inputs: AttentionInputs, list_heads: int, seed: int) -> Visits:

@@ -20,6 +20,7 @@ from attn_hooks import (
     PowerAttention,
     SinkScale,
     Streaming,
+    TriShape,
     VerticalSlash,
     XAttention,
 )
@@ -62,6 +63,7 @@ CASES = [
     Case(SinkScale(scale=0.05), SinkScale(scale=1.0)),
     Case(SPIN(r=0.5, eps=0.1), SPIN(r=1.0), frozen_on_prompt=True, chunks=False),
     Case(Streaming(sinks=1, window=3), Streaming(window=4096)),
+    Case(TriShape(sinks=1, window=3, dense_rows=2), TriShape(window=4096), frozen_on_prompt=True, chunks=False),
     Case(
         VAR(p=0.1, rho=0.0, summ=0.05, tau=1.5, dims=(0, 5, 9)),
         VAR(p=1.0, rho=0.0, summ=0.05, tau=1.5, dims=(0, 5, 9)),

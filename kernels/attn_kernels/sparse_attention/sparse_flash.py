@@ -72,7 +72,9 @@ def _seen(
         seen = seen & (rows[:, None] - keys[None, :] < window)
     if PATTERN == SINK_AND_WINDOW_IN_KERNEL:
         seen = seen & (
-            ((keys - first_key) < first_parameter)[None, :] | (rows[:, None] - keys[None, :] < second_parameter)
+            ((keys - first_key) < first_parameter)[None, :]
+            | (rows[:, None] - keys[None, :] < second_parameter)
+            | (rows >= third_parameter)[:, None]
         )
     if PATTERN == POWER_IN_KERNEL:
         key_block = (keys - first_key) // first_parameter
@@ -294,7 +296,9 @@ def _sparse_flash(
 
     if PATTERN == SINK_AND_WINDOW_IN_KERNEL:
         near = tl.maximum(window_start, lowest_row - second_parameter + 1)
-        near = tl.minimum(near, end)
+        # From the row at the third parameter on, rows are dense.
+        near = tl.where(highest_row >= third_parameter, window_start, tl.minimum(near, end))
+        whole_near = tl.where(lowest_row >= third_parameter, first_key, highest_row - second_parameter + 1)
         accumulator, total, highest = _range(
             window_start, tl.minimum(first_key + first_parameter, near),
             whole_window_start, tl.minimum(first_key + first_parameter, whole_end),
@@ -303,7 +307,7 @@ def _sparse_flash(
             CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PATTERN, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION, STAGES,
         )  # fmt: skip
         accumulator, total, highest = _range(
-            near, end, tl.maximum(whole_window_start, highest_row - second_parameter + 1), whole_end,
+            near, end, tl.maximum(whole_window_start, whole_near), whole_end,
             query_tile, key_base, value_base, k_m, v_m, rows, in_d, in_dv, num_keys, first_key, window, softcap, scaling,
             first_parameter, second_parameter, third_parameter, 0, accumulator, total, highest,
             CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PATTERN, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION, STAGES,
@@ -430,14 +434,17 @@ def sparse_flash(
     first_keys: Tensor | None = None,
     with_log_sum_exp: bool = False,
     config: tuple[int, int, int, int] | None = None,
+    dense_rows: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """Output ``(B, H, N, Dv)`` in the value's dtype over the visited keys and, on request, the log-sum-exp ``(B, H, N)``
     float32, natural. A row that sees no key has output 0.
 
     ``visited``: a static pattern, or lists. ``heads`` (h,) int32 restricts the work to some heads; the others' output is left as
     ``output`` has it. ``first_keys`` (B,) int32: the place of each sample's first real key where it is padded on the left;
-    other padding is not known here.
+    other padding is not known here. ``dense_rows``: so many of the last queries visit everything; with a ``SinkAndWindow`` alone.
     """
+    if dense_rows and not isinstance(visited, SinkAndWindow):
+        raise TypeError(f"no kernel has dense rows under {visited!r}")
     query, key, value = (last_contiguous(tensor) for tensor in (inputs.query, inputs.key, inputs.value))
     batch, num_heads, num_queries, head_dim = query.shape
     value_dim = value.shape[3]
@@ -459,7 +466,14 @@ def sparse_flash(
             warps, stages = warps_and_stages_of_lists(visited, query.dtype, max(block_d, block_dv))
         lists = {"whole": visited.whole, "part": visited.part, "columns": visited.columns}
     elif isinstance(visited, SinkAndWindow):
-        which, parameters = SINK_AND_WINDOW, (visited.sinks, visited.window, 0)
+        which, parameters = (
+            SINK_AND_WINDOW,
+            (
+                visited.sinks,
+                visited.window,
+                inputs.query_offset + max(0, num_queries - dense_rows),
+            ),
+        )
     elif isinstance(visited, PowerOfTwoBlocks):
         which, parameters = POWER_OF_TWO_BLOCKS, (visited.block, visited.window_blocks, visited.sink_blocks)
         if (

@@ -37,6 +37,8 @@ def lower_sparsity(inputs: AttentionInputs, edits: Sequence[Primitive]) -> Lower
     if isinstance(pattern, KeyTiles) and pattern.columns is not None and inputs.window is not None:
         # Rows of one tile would see different columns at its edge.
         raise NotLowered("single columns of keys in a sliding window")
+    if patterns[0].dense_rows and not isinstance(pattern, SinkAndWindow):
+        raise NotLowered(f"dense rows under {pattern}")
     return replace(lower(inputs, affine), sparsity=patterns[0], heads=selected_heads(edits), unscoped=None)
 
 
@@ -79,7 +81,7 @@ def sparse_attention(
         first_keys = _padding(inputs)[0] if inputs.padded else None
         pattern = sparsity.pattern
         visited = visits_of(pattern, inputs, first_keys) if isinstance(pattern, KeyTiles) else pattern
-        output, _ = sparse_flash(inputs, visited, heads, output, first_keys)
+        output, _ = sparse_flash(inputs, visited, heads, output, first_keys, dense_rows=sparsity.dense_rows)
     assert output is not None
     if lowered.gain is not None:
         head_affine_(output, lowered, lowered.heads)
