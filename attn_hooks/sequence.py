@@ -361,7 +361,10 @@ class SequenceTracker:
         self.in_flight.outer_tokens = None
         self._refuse_packed(given, past)
         mask = given.get("attention_mask")
-        mask = mask[:batch] if self.in_flight.beside and isinstance(mask, Tensor) else mask
+        if self.in_flight.beside:
+            # Gemma 3 hands over one for each kind of layer.
+            mask = {kind: _first(batch, of_kind) for kind, of_kind in mask.items()} if isinstance(mask, dict) else mask
+            mask = _first(batch, mask)
         states: dict[str, SequenceState] = getattr(cache, STATES_ATTRIBUTE, {})
         known = states.get(self.key) if past else None
         if known is not None and known.batch != batch:
@@ -456,6 +459,10 @@ def is_captured(tensor: Tensor) -> bool:
 @torch._dynamo.assume_constant_result
 def _static_step_refused(model: str, reason: str) -> str:
     return str(error("static-step", model=model, reason=reason))
+
+
+def _first(rows: int, mask: Any) -> Any:
+    return mask[:rows] if isinstance(mask, Tensor) else mask
 
 
 def _past_length(cache: Any) -> int:

@@ -405,6 +405,27 @@ def test_what_cannot_be_followed_is_refused() -> None:
             refused("no-pixels", lambda: model(**text_only, mm_encoder_outputs={"image": features}))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_chat_on_a_kept_cache_is_the_whole_conversation(family: str) -> None:
+    model, inputs = vlms.CASES[family].model(), vlms.CASES[family].inputs()
+    turn = torch.randint(3, 80, (3, 4), generator=torch.Generator().manual_seed(1))
+    with attn_hooks.editing(model, VCD(alpha=0.7, beta=0.0)):
+        answer = generated(model, inputs)
+        tokens = torch.cat([answer.sequences[:, -NEW:], turn], 1)
+        conversation = {
+            "input_ids": torch.cat([inputs["input_ids"], tokens], 1),
+            "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(tokens)], 1),
+        }
+        if "mm_token_type_ids" in inputs:
+            kinds = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(tokens)], 1)
+            conversation["mm_token_type_ids"] = kinds
+        found = generated(model, conversation, past_key_values=answer.past_key_values)
+        expected = generated(model, inputs | conversation)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(found.logits[0], expected.logits[0], rtol=1e-3, atol=1e-4)
+
+
 @torch.no_grad()
 def test_a_later_turn_of_text_goes_on_and_one_with_an_image_is_refused() -> None:
     from transformers import DynamicCache
