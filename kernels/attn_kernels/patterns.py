@@ -68,7 +68,8 @@ class PowerOfTwoBlocks:
 class KeyTiles:
     """Which tiles of keys each tile of queries visits in one call, and which single keys.
 
-    All are counted from a sample's first real query and key, so that padding on the left moves nothing.
+    All are counted from a sample's first real query and key, so that padding on the left moves nothing. Of a causal call they are
+    chosen among what lies behind: keys ahead of a query that the model's own mask shows, as within an image, stay.
 
     Attributes:
         chosen: ``(b, h, T, S)`` bool; ``b`` is B or 1, ``h`` the number of query heads or 1. What the model itself hides stays
@@ -99,6 +100,8 @@ class KeyTiles:
                 for sample in range(samples)
             ]
         )
+        if inputs.causal:
+            shown = shown | (inputs.key_index > inputs.query_index[rows, None])
         if self.columns is None:
             return shown
         batch, heads, _ = self.columns.shape

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import attn_hooks
-from attn_hooks import AttentionCall, XAttention, engine
+from attn_hooks import AttentionCall, Edit, VerticalSlash, XAttention, engine
 from attn_hooks.methods.xattention import antidiagonal_mass, forced_blocks, heaviest
 from attn_kernels import AttentionInputs, KeyTiles, Sparsity
+from tests.hooks import vlms
 from tests.hooks.tiny import padded_batch, prompt, tiny_llama
 from tests.kernels.triton_device import on_device
 
@@ -215,3 +216,24 @@ def test_later_turns_are_refused_or_dense() -> None:
 def test_a_block_that_is_no_multiple_of_the_stride_is_refused() -> None:
     with pytest.raises(ValueError, match="block 100 is no multiple of stride 16"):
         XAttention(block=100)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        XAttention(threshold=0.0, stride=1, block=2),
+        VerticalSlash(vertical=1, slash=2, first=1, nearest=1, last=2, query_block=2, block=2),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_tokens_of_an_image_still_see_those_ahead(edit: Edit) -> None:
+    """Gemma 3 lets them: its first patch hears of the last one, tiles ahead or not."""
+    model, inputs = vlms.CASES["gemma3"].model(), vlms.CASES["gemma3"].inputs()
+    inputs["token_type_ids"] = (inputs["input_ids"] == vlms.IMAGE).long()
+    patches = (inputs["input_ids"][2] == vlms.IMAGE).nonzero().flatten()
+    embedded = model.get_input_embeddings()(inputs.pop("input_ids")).requires_grad_()
+    inputs.pop("pixel_values")
+    with torch.enable_grad(), attn_hooks.editing(model, edit):
+        model(inputs_embeds=embedded, **inputs).logits[2, patches[0]].sum().backward()
+    assert embedded.grad[2, patches].abs().sum(-1).min() > 0
