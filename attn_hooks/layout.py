@@ -145,11 +145,12 @@ class TokenLayout:
 
     Built on the prompt and extended by each later forward. A beam takes its prompt's row: beams of one sample share
     the prompt, and generated tokens are text, so reordering beams leaves the layout as it is. Images of a later forward
-    (the next turn of a chat) are numbered on.
+    (the next turn of a chat) are numbered on. ``held`` is ``kinds`` before the last mask, which a later one may lift.
     """
 
     kinds: Tensor
     images: tuple[ImageSpan, ...] = ()
+    held: Tensor | None = None
 
     @property
     def valid(self) -> Tensor:
@@ -199,23 +200,34 @@ class TokenLayout:
             numbers = torch.tensor([before[sample] for sample in range(len(kinds))], device=kinds.device)
             kinds = torch.where(kinds >= TokenKind.IMAGE, kinds + numbers[:, None], kinds).to(torch.uint8)
         images = tuple(sorted([*kept, *came], key=lambda span: (span.sample, span.image)))
-        return TokenLayout(torch.cat([self.kinds[:, :past].to(kinds.device), kinds], dim=1), images)
+
+        def then_new(earlier: Tensor) -> Tensor:
+            return torch.cat([earlier[:, :past].to(kinds.device), kinds], dim=1)
+
+        return TokenLayout(then_new(self.kinds), images, None if self.held is None else then_new(self.held))
 
     def filled_to(self, length: int) -> TokenLayout:
         """This layout with text up to ``length`` tokens: those that came while other edits were in force."""
         missing = max(0, length - self.length)
-        return replace(self, kinds=functional.pad(self.kinds, (0, missing), value=TokenKind.TEXT))
+        return replace(
+            self,
+            kinds=functional.pad(self.kinds, (0, missing), value=TokenKind.TEXT),
+            held=None if self.held is None else functional.pad(self.held, (0, missing), value=TokenKind.TEXT),
+        )
 
     def first_rows(self, rows: int) -> TokenLayout:
         """Of the first ``rows`` sequences alone."""
-        return replace(
-            self, kinds=self.kinds[:rows], images=tuple(image for image in self.images if image.sample < rows)
+        return TokenLayout(
+            self.kinds[:rows],
+            tuple(image for image in self.images if image.sample < rows),
+            None if self.held is None else self.held[:rows],
         )
 
     def padded_as(self, valid: Tensor) -> TokenLayout:
         """The same kinds under another 2-D attention mask."""
-        kinds = torch.where(self.kinds == TokenKind.PADDING, TokenKind.TEXT, self.kinds)
-        return replace(self, kinds=torch.where(valid, kinds, TokenKind.PADDING).to(torch.uint8))
+        held = self.kinds if self.held is None else self.held
+        kinds = torch.where(held == TokenKind.PADDING, TokenKind.TEXT, held)
+        return replace(self, kinds=torch.where(valid, kinds, TokenKind.PADDING).to(torch.uint8), held=held)
 
     @classmethod
     def of_tokens(

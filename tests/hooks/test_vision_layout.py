@@ -364,6 +364,22 @@ def test_a_cropped_cache_keeps_what_lies_before_the_cut() -> None:
     assert layout.extended(new, past=2).images == ()
 
 
+@torch.no_grad()
+def test_what_one_mask_hides_is_there_again_under_another() -> None:
+    case = CASES["llava"]
+    model, inputs = case.model(), case.inputs()
+    LAYOUTS.clear()
+    with attn_hooks.editing(model, Seen()):
+        cache = model(**inputs).past_key_values
+        mask, hidden = inputs["attention_mask"], inputs["attention_mask"] * (inputs["input_ids"] != IMAGE)
+        for length, given in enumerate((hidden, mask), start=1):
+            given = torch.cat([given, torch.ones(3, length, dtype=torch.long)], 1)
+            model(input_ids=torch.full((3, 1), 5), attention_mask=given, past_key_values=cache)
+    first, without, again = LAYOUTS[:: model.config.text_config.num_hidden_layers]
+    assert not without.is_image.any()
+    assert torch.equal(again.kinds[:, :-2], first.kinds)
+
+
 def test_a_prompt_without_an_image_and_embeddings_are_text() -> None:
     model = CASES["llava"].model()
     ids = batch_of([BEGIN + text(5)])["input_ids"]
