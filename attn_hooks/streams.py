@@ -166,7 +166,9 @@ class StreamState:
             self.cache.reorder_cache(rows)
         self.waiting = [
             {
-                name: value.index_select(-2, rows) if name in OF_EACH_TOKEN and value.ndim > 1 else value
+                name: value.index_select(-2, rows)
+                if name in OF_EACH_TOKEN and isinstance(value, Tensor) and value.ndim > 1
+                else value
                 for name, value in step.items()
             }
             for step in self.waiting

@@ -329,6 +329,23 @@ def test_beams_take_the_second_stream_with_them() -> None:
     assert float(found.sequences_scores[0]) == pytest.approx(score, abs=1e-3)
 
 
+@pytest.mark.parametrize(("family", "sharper"), [("llava", 60), ("gemma3", 8)])
+@torch.no_grad()
+def test_beams_take_steps_that_wait_with_them(family: str, sharper: int) -> None:
+    """Gemma 3's generate() hands its forward arguments that are None. Without a cache nothing waits."""
+    model, inputs = vlms.CASES[family].model(), vlms.CASES[family].inputs()
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight * sharper)
+    one = {name: value[2:] for name, value in inputs.items()}
+    beams = {"num_beams": 2, "max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    with attn_hooks.editing(model, VCD(alpha=2.0, beta=0.5, skip=True)):
+        found = model.generate(**one, **beams)
+        (report,) = attn_hooks.report(model).edits
+        expected = model.generate(**one, **beams, use_cache=False)
+    assert report.second_stream_skipped is not None
+    assert 0 < report.second_stream_skipped < 1
+    assert torch.equal(found, expected)
+
+
 def refused(code: str, action: Callable[[], Any]) -> None:
     with pytest.raises(AttnHooksError) as refusal:
         action()
