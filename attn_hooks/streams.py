@@ -532,6 +532,9 @@ class StreamRunner:
             if isinstance(newest.get(name), Tensor)
         }
         if state.same_tokens:
+            finished = [step.get("attention_mask") for step in steps]
+            if all(isinstance(mask, Tensor) and mask.ndim == 4 for mask in finished):
+                joined["attention_mask"] = _rows_below(finished)
             return {name: value for name, value in newest.items() if name != "logits_to_keep"} | joined
         tokens = joined["input_ids"]
         assert state.cache is not None
@@ -593,6 +596,13 @@ class _Plans:
 
 
 _plans = _Plans()
+
+
+def _rows_below(masks: Sequence[Tensor]) -> Tensor:
+    """One mask ``(B, h, n, M)`` of masks of steps after one another, each with its queries and the keys that were there."""
+    hidden = False if masks[0].dtype == torch.bool else torch.finfo(masks[0].dtype).min
+    length = masks[-1].shape[-1]
+    return torch.cat([functional.pad(mask, (0, length - mask.shape[-1]), value=hidden) for mask in masks], dim=2)
 
 
 def two_dimensional(mask: Any) -> Tensor | None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 import attn_hooks
 from attn_hooks import AGLA, DAMRO, PAI, VHR, streams
@@ -346,6 +347,33 @@ def test_beams_take_steps_that_wait_with_them(family: str, sharper: int) -> None
     assert torch.equal(found, expected)
 
 
+@torch.no_grad()
+def test_steps_that_wait_keep_their_finished_masks() -> None:
+    """Taken in one forward later, each sees the keys up to itself, as under a mask of padding."""
+    model, inputs = vlms.CASES["llava"].model(), vlms.CASES["llava"].inputs()
+    model.lm_head.weight *= 30
+    one = {name: value[2:] for name, value in inputs.items()}
+
+    def logits_of_steps(finished: bool) -> Tensor:
+        cache, mask, found = DynamicCache(config=model.config.get_text_config()), one["attention_mask"], []
+        model(**one, past_key_values=cache)
+        for token in range(5, 53, 3):
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            step = {"input_ids": torch.tensor([[token]]), "position_ids": (mask.cumsum(1) - 1)[:, -1:]}
+            given = mask.bool()[:, None, None] if finished else mask
+            found.append(model(**step, attention_mask=given, past_key_values=cache).logits)
+        return torch.cat(found)
+
+    for parameter in model.model.language_model.parameters():
+        parameter *= 1.5
+    with attn_hooks.editing(model, VCD(alpha=2.0, beta=0.5, skip=True)):
+        found, expected = logits_of_steps(finished=True), logits_of_steps(finished=False)
+        (report,) = attn_hooks.report(model).edits
+    assert report.second_stream_skipped is not None
+    assert 0 < report.second_stream_skipped < 1
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
 def refused(code: str, action: Callable[[], Any]) -> None:
     with pytest.raises(AttnHooksError) as refusal:
         action()
@@ -402,8 +430,6 @@ def test_what_cannot_be_followed_is_refused() -> None:
         refused("stream-no-text", lambda: model(**image_alone))
     refused("cannot-compose", lambda: attn_hooks.wrap(model, VCD(), VCD(alpha=0.5)))
     refused("stream-outside", lambda: attn_hooks.wrap(vlms.CASES["blip-2"].model(), VCD()))
-    from transformers import DynamicCache
-
     cache = DynamicCache(config=model.config.get_text_config())
     model(**inputs, past_key_values=cache)
     with attn_hooks.editing(model, VCD()):
@@ -445,8 +471,6 @@ def test_a_chat_on_a_kept_cache_is_the_whole_conversation(family: str) -> None:
 
 @torch.no_grad()
 def test_a_later_turn_of_text_goes_on_and_one_with_an_image_is_refused() -> None:
-    from transformers import DynamicCache
-
     case = vlms.CASES["llava"]
     model, inputs, edit = case.model(), case.inputs(), VCD(alpha=0.7, beta=0.0)
     one = {name: value[2:] for name, value in inputs.items()}
