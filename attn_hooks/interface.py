@@ -237,7 +237,8 @@ def _settled_for_next(plan: LayerPlan, inputs: AttentionInputs, sequence: Sequen
         return str(refusal)
     if not prepared.is_settled:
         return f"tokens to come can still join a group of an edit in layer {plan.layer.index}"
-    return settle(inputs, prepared, functional.pad(layout.valid.to(device), (0, num_keys - layout.length), value=True))
+    key_valid = functional.pad(layout.valid.to(device), (0, num_keys - layout.length), value=True)
+    return settle(inputs, prepared, key_valid, shared.kinds >= TokenKind.IMAGE)
 
 
 class _ComingCall(AttentionCall):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attn_hooks import engine
 from attn_hooks.engine import Plain, Prepared
-from attn_kernels import AttentionInputs, HeadAffine, Primitive, Tap
+from attn_kernels import AttentionInputs, HeadAffine, Primitive, Ranking, Tap
 
 if TYPE_CHECKING:
     from attn_kernels.edited_attention.lowering import LoweredEdits
@@ -26,7 +26,7 @@ class Settled:
 
     ``form`` says how lowered edits (``by_kernel``), or primitives, are put together from ``tensors``, which are this object's
     own. ``key_valid`` ``(B, M)`` bool is True for real tokens and for those to come. ``needs_plain``: some heads stay on the
-    model's backend.
+    model's backend. ``ranked`` ``(B, M)`` bool: image keys whose sum ranks the heads, and which every step must see, therefore.
     """
 
     form: str
@@ -34,14 +34,16 @@ class Settled:
     key_valid: Tensor
     by_kernel: bool
     needs_plain: bool
+    ranked: Tensor | None = None
 
     def take_over(self, later: Settled) -> bool:
         """Makes this one what ``later`` is without moving a tensor, since captured graphs read them where they lie.
 
         False if it cannot become that: it then gives NaN wherever a graph still uses it.
         """
-        here, there = [*self.tensors, self.key_valid], [*later.tensors, later.key_valid]
+        here, there = self._all_tensors(), later._all_tensors()
         same_form = (self.form, self.by_kernel, self.needs_plain) == (later.form, later.by_kernel, later.needs_plain)
+        same_form = same_form and len(here) == len(there)
         alike = same_form and all(
             (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)
             for old, new in zip(here, there, strict=True)
@@ -53,6 +55,9 @@ class Settled:
             old.copy_(new)
         return True
 
+    def _all_tensors(self) -> list[Tensor]:
+        return [*self.tensors, self.key_valid, *([] if self.ranked is None else [self.ranked])]
+
     def spoil(self) -> None:
         """Whatever still computes with these edits gives NaN."""
         for tensor in self.tensors:
@@ -61,10 +66,10 @@ class Settled:
 
 
 @torch.no_grad()
-def settle(inputs: AttentionInputs, prepared: Prepared, key_valid: Tensor) -> Settled | str:
+def settle(inputs: AttentionInputs, prepared: Prepared, key_valid: Tensor, image: Tensor) -> Settled | str:
     """The edits ``prepared`` for a decode step, for it and all later ones; why not, if they cannot be kept.
 
-    ``key_valid`` as in ``Settled``.
+    ``key_valid`` as in ``Settled``; ``image`` ``(B, M)`` bool: the keys of images.
     """
     if any(isinstance(edit, Tap) for edit in prepared.primitives):
         return "a Tap reads its weights"
@@ -85,7 +90,8 @@ def settle(inputs: AttentionInputs, prepared: Prepared, key_valid: Tensor) -> Se
         tensors: list[Tensor] = []
         form = _name_of(_taken_apart(kept, tensors))
         owned = [tensor.detach().clone() for tensor in tensors]
-        return Settled(form, owned, key_valid.clone(), by_kernel, needs_plain)
+        ranks = any(isinstance(edit, HeadAffine) and isinstance(edit.gain, Ranking) for edit in prepared.primitives)
+        return Settled(form, owned, key_valid.clone(), by_kernel, needs_plain, image.clone() if ranks else None)
 
 
 class _Place(NamedTuple):
@@ -153,6 +159,12 @@ def run_settled(
 
     ``mask`` ``(B|1, H|1, 1, M)``, bool or additive, alone says which keys there are; ``sinks`` as in ``AttentionInputs``.
     """
+    if settled.ranked is not None:
+        shown = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)[:, 0, 0]
+        message = (
+            "attn_hooks: the mask of a compiled or captured step hides image keys that rank the heads; run it in eager"
+        )
+        torch._assert_async((shown | ~settled.ranked).all(), message)
     ours = plain()[0] if settled.needs_plain else None
     operator = step_by_kernel if settled.by_kernel else step_in_pytorch
     output: Tensor = operator(

@@ -26,7 +26,7 @@ import attn_hooks
 from attn_hooks import ACT, PASTA, SPIN, Ablate, AttentionCall, Edit, HeadAffine, SinkScale, Streaming, engine, sequence
 from attn_kernels import Gate, LogitMap, Order, Primitive, Regroup, Tap
 from attn_kernels.edited_attention import dispatch
-from tests.models import SIZES, _built, gemma2, gpt_oss, left_padded, llama
+from tests.models import IMAGE, SIZES, _built, gemma2, gpt_oss, left_padded, llama
 
 NUM_LAYERS, NUM_HEADS = SIZES["num_hidden_layers"], SIZES["num_attention_heads"]
 CACHE = 28
@@ -331,6 +331,22 @@ def test_an_edit_that_settles_in_decode() -> None:
         return (compiled if len(taken) > 2 else model)(**inputs)
 
     assert torch.equal(decoded(model, step), decoded(model, model))
+
+
+def test_a_step_that_hides_the_image_from_a_settled_ranking_is_refused() -> None:
+    model = attn_hooks.wrap(llama(), SPIN(r=0.5, eps=0.1))
+    cache = static_cache(model)
+    compiled = in_one_graph(model)
+    last, positions = prefill(model, cache)
+    step = {"input_ids": last.argmax(-1, keepdim=True), "past_key_values": cache}
+    ids, mask = left_padded(image=True)
+
+    def without(token: int) -> Tensor:
+        return functional.pad(mask * (ids != token), (0, CACHE - mask.shape[1]), value=1)
+
+    compiled(**step, attention_mask=without(20), position_ids=positions + 1)
+    with pytest.raises(RuntimeError, match="hides image keys"):
+        compiled(**step, attention_mask=without(IMAGE), position_ids=positions + 2)
 
 
 def test_a_cache_that_drops_keys_is_refused() -> None:
