@@ -209,6 +209,15 @@ def test_a_mask_that_changes_in_place_is_read_again() -> None:
     assert check(inputs, edits).name == "pytorch"
 
 
+def test_a_mask_is_read_again_in_a_layer_with_a_window() -> None:
+    """Which it does not say, so that the model does not have it."""
+    index = torch.arange(40)
+    mask, edits = (index <= index[:, None])[None, None], [Sparsity(SinkAndWindow(1, 4))]
+    assert check(small(mask=mask), edits).name == "sparse flash"
+    assert check(small(mask=mask, window=8), edits).name == "pytorch"
+    assert check(small(mask=mask), edits).name == "sparse flash"
+
+
 def test_taps_dropout_gradients_of_an_order_and_float64_go_to_pytorch() -> None:
     received: list[Tensor] = []
     tapped = [MAP, Tap("log_sum_exp", received.append)]

@@ -59,13 +59,14 @@ def sparse_refusal(inputs: AttentionInputs) -> str | None:
     given = inputs.mask if inputs.mask is not None else inputs.bias
     if given is None:
         return None
-    version, is_plain = _is_plain.get(given, (None, False))
-    if version != _version(given):
+    place = (_version(given), inputs.window)
+    known, is_plain = _is_plain.get(given, (None, False))
+    if known != place:
         is_plain = all(
             bool(_says_nothing_else(inputs, slice(first, first + ROWS_COMPARED_AT_ONCE)))
             for first in range(0, inputs.num_queries, ROWS_COMPARED_AT_ONCE)
         )
-        _is_plain[given] = _version(given), is_plain
+        _is_plain[given] = place, is_plain
     return None if is_plain else "a mask of its own"
 
 
@@ -119,4 +120,4 @@ def _version(tensor: Tensor) -> int:
 
 # Layers share their masks: what was found of one serves until it is changed.
 _paddings: MutableMapping[Tensor, tuple[tuple[int, ...], Tensor, Tensor]] = WeakTensorKeyDictionary()
-_is_plain: MutableMapping[Tensor, tuple[int, bool]] = WeakTensorKeyDictionary()
+_is_plain: MutableMapping[Tensor, tuple[tuple[int, int | None], bool]] = WeakTensorKeyDictionary()
