@@ -42,15 +42,17 @@ class _Layer:
 
 @dataclass
 class InStep:
-    """Two caches that go in step. ``batch``: the rows of each."""
+    """Two caches that go in step. ``batch``: the rows of each. ``first`` is known for the length of a step: that cache holds this
+    object, and both would outlive it until the garbage collector comes."""
 
-    first: Any
     second: Any
     batch: int
     layers: list[_Layer] = field(default_factory=list)
+    first: Any = None
 
-    def join(self) -> None:
+    def join(self, first: Any) -> None:
         """The first cache gets the rows of the second below its own."""
+        self.first = first
         known, self.layers = self.layers, []
         for place, (mine, other) in enumerate(zip(self.first.layers, self.second.layers, strict=True)):
             own = (mine.keys, mine.values, other.keys, other.values)
@@ -71,6 +73,7 @@ class InStep:
             if mine.is_sliding:
                 other.cumulative_length = mine.cumulative_length
             self.layers.append(_Layer((mine.keys, mine.values, other.keys, other.values), together))
+        self.first = None
 
     def outputs(self, output: Any) -> tuple[Any, Tensor]:
         """A forward's output for the first stream alone, and the second's logits ``(B, n, vocabulary)``."""

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -175,17 +176,25 @@ class StreamState:
         ]
 
 
-@dataclass(frozen=True)
 class _Following:
-    """In place of a main cache's own method, which it calls: the second stream does as the main one."""
+    """In place of a main cache's ``reorder_cache``: the second stream does as the main one. The cache holds this object, which
+    holds it weakly, so that its memory is free as soon as nobody else has it."""
 
-    original: Callable[..., Any]
-    state: StreamState
+    def __init__(self, cache: Cache, state: StreamState) -> None:
+        self.cache, self.state = weakref.ref(cache), state
 
-    def __call__(self, rows: Tensor) -> Any:
-        result = self.original(rows)
+    def __call__(self, rows: Tensor) -> None:
+        cache = self.cache()
+        assert cache is not None
+        type(cache).reorder_cache(cache, rows)
         self.state.select_rows(rows)
-        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied cache's has that cache."""
+        return {"cache": self.cache(), "state": self.state}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.cache, self.state = weakref.ref(state["cache"]), state["state"]
 
 
 @dataclass(frozen=True)
@@ -333,9 +342,9 @@ class StreamRunner:
         both = for_both(given, len(state.has_image))
         if both is None or (counts_itself and not isinstance(given.get("position_ids"), Tensor)):
             return None
-        if state.in_step is None or state.in_step.first is not cache:
-            state.in_step = InStep(cache, state.cache, len(state.has_image))
-        state.in_step.join()
+        if state.in_step is None:
+            state.in_step = InStep(state.cache, len(state.has_image))
+        state.in_step.join(cache)
         flight, self.in_flight.in_step = self.tracker.in_flight, state.in_step
         flight.beside, flight.without_edits = state.in_step.batch, True
         # The unedited model's plans are of half as many rows.
@@ -390,7 +399,8 @@ class StreamRunner:
             if any(image.start >= self.in_flight.past for image in images):
                 raise error("stream-later-image", method=self.edit.method, model=self.model.model_class)
             if state is not None and second is None:
-                state.waiting.append(given)
+                # The main cache holds this state.
+                state.waiting.append({name: value for name, value in given.items() if name != "past_key_values"})
         self.in_flight.embeddings = None
         if state is None:
             return None
@@ -471,7 +481,7 @@ class StreamRunner:
         if state is None:
             return
         method, model = self.edit.method, self.model.model_class
-        cache.reorder_cache = _Following(type(cache).reorder_cache.__get__(cache), state)
+        cache.reorder_cache = _Following(cache, state)
         for name in ("crop", "batch_repeat_interleave", "batch_select_indices"):
             if hasattr(type(cache), name):
                 setattr(cache, name, _Refusing(name, method, model))

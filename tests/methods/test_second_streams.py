@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import pickle
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import DynamicCache
 
 import attn_hooks
-from attn_hooks import AGLA, DAMRO, PAI, VHR, streams
+from attn_hooks import AGLA, DAMRO, PAI, VHR, Opera, streams
 from attn_hooks.errors import AttnHooksError
 from attn_hooks.methods.vcd import VCD, signal_kept
 from attn_hooks.model_info import MARKS_OF_IMAGE
@@ -303,6 +306,50 @@ def test_a_step_that_fails_leaves_the_cache_its_rows(failure: type[BaseException
     failing.remove()
     assert all(len(layer.keys) == len(layer.values) == 3 for layer in cache.layers), "unwrapped right after it"
     assert streams._plans.refusing == 0
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [VCD(beta=0.0), VCD(beta=0.9, skip=True), PAI(layers=(0, 1)), Opera()],
+    ids=["in step", "skip", "pai", "opera"],
+)
+@torch.no_grad()
+def test_a_cache_is_free_as_soon_as_nobody_has_it(edit: Any) -> None:
+    """It holds both streams' keys and values, for which the garbage collector may come too late."""
+    model, inputs = vlms.CASES["llava"].model(), vlms.CASES["llava"].inputs()
+    gc.collect()
+    gc.disable()
+    try:
+        with attn_hooks.editing(model, edit):
+            output = generated(model, inputs)
+            cache = weakref.ref(output.past_key_values)
+            del output
+            assert cache() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@torch.no_grad()
+def test_a_copied_cache_goes_its_own_way(skip: bool) -> None:
+    model, inputs = vlms.CASES["llava"].model(), vlms.CASES["llava"].inputs()
+
+    def step(cache: Any, token: int) -> Tensor:
+        mask = inputs["attention_mask"]
+        mask = functional.pad(mask, (0, cache.get_seq_length() + 1 - mask.shape[1]), value=1)
+        return model(input_ids=torch.full((3, 1), token), attention_mask=mask, past_key_values=cache).logits
+
+    with attn_hooks.editing(model, VCD(alpha=0.7, beta=0.0, skip=skip)):
+        cache = model(**inputs).past_key_values
+        step(cache, 5)
+        other = copy.deepcopy(cache)
+        other.reorder_cache(torch.tensor([2, 1, 0]))
+        found = step(cache, 6)
+        swapped = step(other, 6)
+        again = model(**inputs).past_key_values
+        step(again, 5)
+        torch.testing.assert_close(found, step(again, 6))
+        assert not torch.allclose(swapped[0], found[0])
 
 
 @torch.no_grad()
