@@ -65,7 +65,9 @@ class InStep:
             other.keys = other.values = None
 
     def part(self) -> None:
-        """Each cache gets its own rows again, a step longer."""
+        """Each cache gets its own rows again, a step longer, if they lie together."""
+        if self.first is None:
+            return
         for mine, other in zip(self.first.layers, self.second.layers, strict=True):
             together = (mine.keys, mine.values)
             mine.keys, other.keys = together[0].split(self.batch)

@@ -161,6 +161,11 @@ class StreamState:
     # (B, positions of the main prompt) where in its own prompt the text up to there ends; -1 where its image is not over.
     places: Tensor | None = None
 
+    def part(self) -> None:
+        """Ends a forward over both streams that was interrupted, also one of the cache that this one's is a copy of."""
+        if self.in_step is not None:
+            self.in_step.part()
+
     def select_rows(self, rows: Tensor) -> None:
         """As beams go on from others of their sample, which share its prompt."""
         if self.cache is not None:
@@ -186,6 +191,7 @@ class _Following:
     def __call__(self, rows: Tensor) -> None:
         cache = self.cache()
         assert cache is not None
+        self.state.part()
         type(cache).reorder_cache(cache, rows)
         self.state.select_rows(rows)
 
@@ -328,7 +334,10 @@ class StreamRunner:
         self.in_flight.given, self.in_flight.embeddings = given, None
         self.in_flight.past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
         state = getattr(cache, STREAMS_ATTRIBUTE, {}).get(self.tracker.key) if self.in_flight.past else None
-        return None if state is None else self._join(outer, state, given, cache)
+        if state is None:
+            return None
+        state.part()
+        return self._join(outer, state, given, cache)
 
     def _join(
         self, outer: nn.Module, state: StreamState, given: dict[str, Any], cache: Any

@@ -106,13 +106,14 @@ class Wrapping:
         for handles in self.hooked.values():
             for handle in handles:
                 handle.remove()
-        if self.second_stream is not None:
-            # What interrupted a forward has passed its hooks by.
-            self.second_stream.part()
-        self.own_configs, self.hooked, self.second_stream = {}, {}, None
+        second_stream, self.second_stream = self.second_stream, None
+        self.own_configs, self.hooked = {}, {}
         for name in (PIXELS_ATTRIBUTE, EXPANSION_ATTRIBUTE):
             vars(model).pop(name, None)
         delattr(model, WRAPPING_ATTRIBUTE)
+        if second_stream is not None:
+            # What interrupted a forward has passed its hooks by.
+            second_stream.part()
 
     def edits_of_layer(self, layer: int) -> tuple[tuple[int, Edit], ...]:
         """Edits that act in a layer, each with its place in the list."""

@@ -294,8 +294,11 @@ def test_a_step_that_fails_leaves_the_cache_its_rows(failure: type[BaseException
         with pytest.raises(failure):
             model(**step, past_key_values=cache)
         failing.remove()
+        copied = copy.deepcopy(cache)
+        cache.reorder_cache(torch.arange(3))
+        copied.reorder_cache(torch.arange(3))
         expected = generated(model, inputs).sequences
-        assert all(len(layer.keys) == len(layer.values) == 3 for layer in cache.layers)
+        assert all(len(layer.keys) == len(layer.values) == 3 for layer in (*cache.layers, *copied.layers))
         assert streams._plans.refusing == 0
     with attn_hooks.editing(model, VCD(alpha=0.7, beta=0.0)):
         assert torch.equal(generated(model, inputs).sequences, expected)
