@@ -86,6 +86,17 @@ def test_a_recipes_tasks_ask_two_samples(path: Path, tmp_path: Path) -> None:
             task.judge(question, Reply("Yes, there is a dog.", False, None))
 
 
+def test_every_method_of_a_model_has_both_benchmarks_with_their_token_limits() -> None:
+    benchmarks: dict[tuple[str, str], set[str]] = {}
+    for path in RECIPES:
+        recipe = load_recipe(path, [])
+        tasks = [given for given in recipe.tasks if given["task"] != "mme"]
+        assert all("new_tokens" in given for given in tasks), path
+        method = recipe.edits[0]["method"]
+        benchmarks.setdefault((path.parent.name, method), set()).update(given["task"] for given in tasks)
+    assert set(map(frozenset, benchmarks.values())) == {frozenset({"pope", "chair"})}, benchmarks
+
+
 @pytest.mark.parametrize("model", TWINS)
 @pytest.mark.parametrize("method", METHODS)
 @torch.no_grad()
