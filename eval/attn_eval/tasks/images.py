@@ -223,7 +223,7 @@ class ImageTask(TaskSettings):
     def rows(self) -> Any:
         """The rows of the data set, images undecoded."""
         assert self.dataset is not None
-        return _dataset(self.dataset, self.dataset_config, self.dataset_split)
+        return read_dataset(self.dataset, self.dataset_config, self.dataset_split)
 
     def column(self, *names: str) -> str:
         """The first of these columns that the data set has.
@@ -420,7 +420,12 @@ def _picture(content: bytes, where: str) -> Picture:
 
 
 @functools.lru_cache(maxsize=8)
-def _dataset(name: str, config: str | None, split: str) -> Any:
+def read_dataset(name: str, config: str | None, split: str) -> Any:
+    """One split of a data set of the hub, or of a folder; images stay encoded.
+
+    Raises:
+        EvaluationError: it can't be loaded.
+    """
     import datasets
 
     try:
