@@ -22,6 +22,9 @@ from torch.nn import functional
 from attn_kernels.inputs import AttentionInputs, Rows
 from attn_kernels.patterns import KeyTiles, Pattern
 
+# A target below this share of the row's mass counts as none: float32 does not tell it from one without mass.
+SMALLEST_TARGET = 1e-30
+
 
 @dataclass(frozen=True)
 class LogitMap:
@@ -97,8 +100,8 @@ class Regroup:
     """After softmax, keys of ``source`` keep the factor ``keep`` of their weight; the freed mass goes to ``target``.
 
     The target's keys receive it in proportion to their weight; ``None`` means every key outside the source. Keys in
-    both groups count as source. Row sums do not change. A row whose target has no mass, or whose gate is shut, is left
-    as it is. Identity: keep 1.
+    both groups count as source. Row sums do not change. A row whose target holds no more than ``SMALLEST_TARGET`` of its mass,
+    or whose gate is shut, is left as it is. Identity: keep 1.
     """
 
     source: Tensor

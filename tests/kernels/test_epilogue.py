@@ -15,12 +15,14 @@ from attn_kernels import (
     Order,
     Primitive,
     Regroup,
+    edited_attention,
     edited_attention_reference,
 )
 from attn_kernels.edited_attention import epilogue
 from attn_kernels.edited_attention.edited_flash import edited_flash
 from attn_kernels.edited_attention.epilogue import epilogue_
 from attn_kernels.edited_attention.lowering import NotLowered, lower
+from attn_kernels.primitives import SMALLEST_TARGET
 from tests.kernels.strategies import primitives
 from tests.kernels.triton_device import on_device
 
@@ -71,6 +73,21 @@ def test_equals_the_specification(data: st.DataObject) -> None:
     assume(lowered.order_values is None and lowered.edits_weights)
     expected, _ = edited_attention_reference(*on_device((inputs, edits), "cpu"))
     output, _ = by_epilogue(inputs, edits)
+    torch.testing.assert_close(output.double().cpu(), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_a_target_without_mass_in_float32_gives_nothing_by_any_way() -> None:
+    inputs = plain_call(0, 70, 2, 1, 20.0)
+    keys = inputs.key_index
+    source, target = (keys % 3 == 0)[None, None], (keys % 7 == 1)[None, None]
+    weights = edited_attention_reference(inputs, [])[1]
+    of_target = weights.masked_fill(~target, 0).sum(-1)
+    assert bool(((of_target > 0) & (of_target < SMALLEST_TARGET)).any())
+    edits: list[Primitive] = [Regroup(source, keep=0.0, target=target)]
+    expected, _ = edited_attention_reference(inputs, edits)
+    by_blocks = edited_attention(inputs, edits)
+    torch.testing.assert_close(by_blocks.double(), expected, rtol=2e-3, atol=2e-3)
+    output, _ = by_epilogue(*on_device((inputs, edits)))
     torch.testing.assert_close(output.double().cpu(), expected, rtol=2e-3, atol=2e-3)
 
 

@@ -52,7 +52,16 @@ from attn_kernels.edited_attention.launch import (
     strides_of,
 )
 from attn_kernels.edited_attention.lowering import NO_BIT, LoweredEdits
-from attn_kernels.edited_attention.tiles import LN_2, LOG2_E, capped, has_bit, mapped_logits, matmul, scores
+from attn_kernels.edited_attention.tiles import (
+    LN_2,
+    LOG2_E,
+    SMALLEST_TARGET_IN_KERNEL,
+    capped,
+    has_bit,
+    mapped_logits,
+    matmul,
+    scores,
+)
 from attn_kernels.edited_attention.tiles import NO_BIT as NO_BIT_IN_KERNEL
 from attn_kernels.inputs import AttentionInputs
 
@@ -368,7 +377,7 @@ def _row_terms(
             if GATE_SHARE != NO_BIT_IN_KERNEL:
                 share_mass += tl.sum(tl.where(has_bit(code, GATE_SHARE), weights, 0.0), 1)
         keep = tl.load(regroup + head)
-        acts = target_mass > 0
+        acts = target_mass > SMALLEST_TARGET_IN_KERNEL
         if GATE_OF != NO_BIT_IN_KERNEL:
             acts = acts & (of_mass >= tl.load(regroup + num_heads + head))
             if GATE_SHARE != NO_BIT_IN_KERNEL:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from attn_kernels.inputs import AttentionInputs, Rows
 from attn_kernels.primitives import (
+    SMALLEST_TARGET,
     Gate,
     HeadAffine,
     LogitMap,
@@ -299,7 +300,7 @@ class _Block:
         target = ~source if edit.target is None else self._group(edit.target) & ~source
         keep = self._per_head(edit.keep)
         target_mass = _mass(weights, target)
-        acts = target_mass > 0
+        acts = target_mass > SMALLEST_TARGET
         if edit.gate is not None:
             acts = acts & self._gate(edit.gate, weights)
         freed = (1 - keep) * _mass(weights, source)

@@ -39,6 +39,7 @@ from attn_kernels.edited_attention.lowering import NO_BIT, LoweredEdits, NotLowe
 from attn_kernels.edited_attention.tiles import (
     LN_2,
     LOG2_E,
+    SMALLEST_TARGET_IN_KERNEL,
     capped,
     has_bit,
     mapped_logits,
@@ -292,9 +293,9 @@ def _finish(
         source_mass = source_total * source_shrink / whole
         if HAS_TARGET:
             target_mass = target_total * target_shrink / whole
-            acts = target_total > 0
+            acts = target_mass > SMALLEST_TARGET_IN_KERNEL
         else:
-            acts = total > 0
+            acts = mass > SMALLEST_TARGET_IN_KERNEL
         if GATE_OF != NO_BIT_IN_KERNEL:
             of_mass = of_total * shrink + source_of * source_shrink
             if HAS_TARGET:

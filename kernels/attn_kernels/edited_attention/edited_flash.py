@@ -29,7 +29,7 @@ from attn_kernels.edited_attention.lowering import NO_BIT, TILE, LoweredEdits
 from attn_kernels.edited_attention.tiles import (
     LN_2,
     LOG2_E,
-    SMALLEST_TARGET,
+    SMALLEST_TARGET_IN_KERNEL,
     capped,
     has_bit,
     listed_before,
@@ -634,9 +634,9 @@ def _edited_flash(
     if HAS_REGROUP:
         keep = tl.load(regroup + head)
         if HAS_TARGET:
-            acts = target_total > SMALLEST_TARGET * whole
+            acts = target_total > SMALLEST_TARGET_IN_KERNEL * whole
         else:
-            acts = total > 0
+            acts = total > SMALLEST_TARGET_IN_KERNEL * whole
         if GATE_OF != NO_BIT_IN_KERNEL:
             acts = acts & (of_total >= tl.load(regroup + num_heads + head) * whole)
             if GATE_SHARE != NO_BIT_IN_KERNEL:

@@ -30,7 +30,7 @@ from attn_kernels.edited_attention.launch import (
 from attn_kernels.edited_attention.lowering import LoweredEdits
 from attn_kernels.edited_attention.tiles import (
     LOG2_E,
-    SMALLEST_TARGET,
+    SMALLEST_TARGET_IN_KERNEL,
     has_bit,
     mapped_logits,
     matmul,
@@ -226,7 +226,7 @@ def _epilogue(
         if TARGET != NO_BIT_IN_KERNEL:
             is_target = has_bit(code, TARGET) & (is_source == 0)
             target_mass = tl.sum(tl.where(is_target, weights, 0.0), 1)[:, None] / safe
-            acts = acts & (target_mass > SMALLEST_TARGET)
+            acts = acts & (target_mass > SMALLEST_TARGET_IN_KERNEL)
             freed = tl.where(acts, (1 - keep) * source_mass, 0.0)
             target_factor = 1 + freed / tl.where(acts, target_mass, 1.0)
             spent = weights * tl.where(is_target, target_factor, 1.0)

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from attn_kernels.inputs import AttentionInputs
-from attn_kernels.primitives import HeadAffine, LogitMap, Order, Primitive, Ranking, Regroup, Sparsity, filled_to
+from attn_kernels.primitives import (
+    SMALLEST_TARGET,
+    HeadAffine,
+    LogitMap,
+    Order,
+    Primitive,
+    Ranking,
+    Regroup,
+    Sparsity,
+    filled_to,
+)
 
 
 def edited_attention_reference(inputs: AttentionInputs, edits: Sequence[Primitive]) -> tuple[Tensor, Tensor]:
@@ -112,7 +122,7 @@ def _regroup(edit: Regroup, row: Tensor, b: int, h: int) -> Tensor:
         if edit.gate.share is not None and row[_at(edit.gate.share, b, h)].sum() > edit.gate.at_most * mass:
             return row
     target_mass = row[target].sum()
-    if target_mass <= 0:
+    if target_mass <= SMALLEST_TARGET:
         return row
     keep = _pick_head(edit.keep, h)
     freed = (1 - keep) * row[source].sum()

@@ -27,7 +27,7 @@ from attn_kernels.edited_attention.launch import (
 from attn_kernels.edited_attention.lowering import LoweredEdits
 from attn_kernels.edited_attention.tiles import (
     LOG2_E,
-    SMALLEST_TARGET,
+    SMALLEST_TARGET_IN_KERNEL,
     has_bit,
     map_of_rows,
     mapped_logits,
@@ -347,12 +347,12 @@ def _span_flash(
         if TARGET != NO_BIT_IN_KERNEL:
             if SPAN_IS_TARGET:
                 target_total += span_total
-            acts = acts & (target_total > SMALLEST_TARGET * whole)
+            acts = acts & (target_total > SMALLEST_TARGET_IN_KERNEL * whole)
             target_factor = tl.where(acts, 1 + freed / tl.where(target_total > 0, target_total, 1.0), 1.0)
         else:
             # Summed up, not what is left of everything: a source may hold nearly all.
             remaining = given_weight + span_total + (others_total - source_total)
-            acts = acts & (remaining > 0)
+            acts = acts & (remaining > SMALLEST_TARGET_IN_KERNEL * whole)
             rest_factor = tl.where(acts, 1 + freed / tl.where(remaining > 0, remaining, 1.0), 1.0)
 
     # The parts together.

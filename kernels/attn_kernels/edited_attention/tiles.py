@@ -11,13 +11,14 @@ import os
 import triton
 import triton.language as tl
 
+from attn_kernels.primitives import SMALLEST_TARGET
+
 # The interpreter multiplies the bits of bfloat16 operands as integers; there they are widened first.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 NO_BIT = tl.constexpr(15)
-# A target below this share of the row's mass counts as none: what it would receive, times its own mass, overflows.
-SMALLEST_TARGET = tl.constexpr(1.0e-30)
+SMALLEST_TARGET_IN_KERNEL = tl.constexpr(SMALLEST_TARGET)
 
 
 @triton.jit
