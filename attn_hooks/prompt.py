@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -37,15 +39,26 @@ def rows_after_images(call: AttentionCall) -> Tensor:
     return call.shared_by_layers(("rows after images",), made)
 
 
-def answering_rows(edit: Edit, call: AttentionCall, prompt_length: int | None) -> Tensor | None:
+LaterTokens = Literal["refuse", "turn"]
+LATER_TOKENS = "several new tokens after the prompt: refuse, or take them for the next turn of a conversation"
+
+
+def answering_rows(
+    edit: Edit, call: AttentionCall, prompt_length: int | None, later_tokens: LaterTokens = "refuse"
+) -> Tensor | None:
     """Row scope ``(B, N)`` of the last token of each prompt and of all that follow; None where that is every row.
 
-    ``prompt_length``: the padded length of a prompt that comes in several forwards; None: the first forward is all of it, and
-    several new tokens after it raise ``EditError``, since they may be prompt or generated.
+    ``prompt_length``: the padded length of a prompt that comes in several forwards; None: the first forward is all of it.
+    Several new tokens after it raise ``EditError``, since they may be prompt or generated, unless ``later_tokens`` says that
+    they are a conversation's next turn: then the last of them answers.
     """
     length = call.layout.length
-    if call.phase == "chunk" and prompt_length is None:
-        raise edit.refuse_phase(call, "these tokens may be prompt or generated. Set prompt_length.")
+    if call.phase == "chunk" and prompt_length is None and later_tokens == "refuse":
+        reason = (
+            "these tokens may be prompt or generated. Set later_tokens='turn' for a conversation, or prompt_length for a "
+            "prompt in parts."
+        )
+        raise edit.refuse_phase(call, reason)
     if call.phase == "decode" and (prompt_length is None or length >= prompt_length):
         return None
     stop = length if prompt_length is None else prompt_length

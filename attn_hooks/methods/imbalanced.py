@@ -33,7 +33,14 @@ from attn_hooks.call import AttentionCall
 from attn_hooks.class_token import class_attention, require_class_token
 from attn_hooks.edit import Edit, Heads, Layers, Positive, Reads, Scope, Writes
 from attn_hooks.model_info import ModelInfo
-from attn_hooks.prompt import answering_rows, image_keys, last_row_logits, require_all_heads
+from attn_hooks.prompt import (
+    LATER_TOKENS,
+    LaterTokens,
+    answering_rows,
+    image_keys,
+    last_row_logits,
+    require_all_heads,
+)
 from attn_hooks.streams import TextGuidance
 from attn_kernels import LogitMap, Primitive
 
@@ -66,6 +73,15 @@ class Imbalanced(TextGuidance):
     prompt_length: Positive | None = Field(
         default=None, description="padded length of the prompt, needed if it comes in several forwards"
     )
+    later_tokens: LaterTokens = Field(default="refuse", description=LATER_TOKENS)
+
+    @model_validator(mode="after")
+    def _turns_or_parts(self) -> Self:
+        if self.later_tokens == "turn" and self.prompt_length is not None:
+            raise ValueError(
+                "with prompt_length all tokens behind it count as generated: leave it out, or later_tokens"
+            )
+        return self
 
     @model_validator(mode="after")
     def _measured_on_one_forward(self) -> Self:
@@ -87,7 +103,7 @@ class Imbalanced(TextGuidance):
 
     def primitives(self, call: AttentionCall) -> list[Primitive]:
         image = call.keys_at(image_keys(self, call, self.prompt_length))
-        rows = answering_rows(self, call, self.prompt_length)
+        rows = answering_rows(self, call, self.prompt_length, self.later_tokens)
         if call.phase != "decode":
             past = call.layout.length - call.inputs.num_queries
             new = call.shared_by_layers(("imbalanced", self.ratio), lambda: self._streams(call, past))

@@ -17,14 +17,14 @@ its strength differs between models.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from attn_hooks.call import AttentionCall
 from attn_hooks.edit import Edit, Heads, Layers, Positive, Reads, Scope, Writes
 from attn_hooks.model_info import ModelInfo
-from attn_hooks.prompt import answering_rows, image_keys
+from attn_hooks.prompt import LATER_TOKENS, LaterTokens, answering_rows, image_keys
 from attn_hooks.streams import TextGuidance
 from attn_kernels import LogitMap, Primitive
 
@@ -52,6 +52,15 @@ class PAI(TextGuidance):
     prompt_length: Positive | None = Field(
         default=None, description="padded length of the prompt, needed if it comes in several forwards"
     )
+    later_tokens: LaterTokens = Field(default="refuse", description=LATER_TOKENS)
+
+    @model_validator(mode="after")
+    def _turns_or_parts(self) -> Self:
+        if self.later_tokens == "turn" and self.prompt_length is not None:
+            raise ValueError(
+                "with prompt_length all tokens behind it count as generated: leave it out, or later_tokens"
+            )
+        return self
 
     def layers_in(self, model: ModelInfo) -> tuple[int, ...]:
         if self.heads is None and self.layers is None:
@@ -62,6 +71,6 @@ class PAI(TextGuidance):
         return self.prompt_length is None or call.layout.length >= self.prompt_length
 
     def primitives(self, call: AttentionCall) -> list[Primitive]:
-        rows = answering_rows(self, call, self.prompt_length)
+        rows = answering_rows(self, call, self.prompt_length, self.later_tokens)
         keys = call.shared_by_layers(("image keys",), lambda: call.keys_at(image_keys(self, call, self.prompt_length)))
         return [LogitMap(keys, absolute=self.alpha, heads=call.select_heads(self.heads), rows=rows)]

@@ -25,7 +25,14 @@ from torch import Tensor
 from attn_hooks.call import AttentionCall
 from attn_hooks.edit import Edit, Layers, Reads, Scope, Writes
 from attn_hooks.model_info import ModelInfo
-from attn_hooks.prompt import answering_rows, image_keys, last_row_logits, require_all_heads
+from attn_hooks.prompt import (
+    LATER_TOKENS,
+    LaterTokens,
+    answering_rows,
+    image_keys,
+    last_row_logits,
+    require_all_heads,
+)
 from attn_kernels import HeadAffine, Primitive, Ranking
 
 RANKING, RANKED_AT = "ranking by the image's keys", "length at which it was last used"
@@ -45,6 +52,7 @@ class SPIN(Edit):
     r: float = Field(default=0.95, gt=0.0, le=1.0, description="part of a layer's heads that is kept; 1: identity")
     eps: float = Field(default=0.05, ge=0.0, le=1.0, description="factor on the output of the other heads; 1: identity")
     layers: Layers | None = Field(default=None, description="layers edited, from 0; None: all")
+    later_tokens: LaterTokens = Field(default="refuse", description=LATER_TOKENS)
 
     def check(self, model: ModelInfo) -> None:
         super().check(model)
@@ -54,15 +62,18 @@ class SPIN(Edit):
         return _sees_all_of_image(call)
 
     def primitives(self, call: AttentionCall) -> list[Primitive]:
-        if call.phase == "chunk":
-            reason = "heads are chosen for one row at a time. Give the prompt in one forward, and generate without an assistant."
+        if call.phase == "chunk" and self.later_tokens == "refuse":
+            reason = (
+                "heads are chosen for one row at a time. Give the prompt in one forward, and generate without an assistant, or "
+                "set later_tokens='turn' for a conversation."
+            )
             raise self.refuse_phase(call, reason)
         require_all_heads(self, call)
         with torch.no_grad():
             gain = (
                 self._ranking(call) if _sees_all_of_image(call) else self._gain(*self._scores(call), self._kept(call))
             )
-        rows = answering_rows(self, call, None)
+        rows = answering_rows(self, call, None, self.later_tokens)
         heads = call.select_heads(tuple((call.layer, head) for head in call.heads))
         return [HeadAffine(gain=gain, rows=rows, heads=heads)]
 

@@ -32,7 +32,7 @@ from attn_hooks.edit import Edit, Layers, Reads, Scope, Writes
 from attn_hooks.last_row import last_row_outputs
 from attn_hooks.layout import TokenKind
 from attn_hooks.model_info import ModelInfo
-from attn_hooks.prompt import answering_rows, require_all_heads, rows_after_images
+from attn_hooks.prompt import LATER_TOKENS, LaterTokens, answering_rows, require_all_heads, rows_after_images
 from attn_kernels import HeadAffine, Primitive
 
 PUBLISHED_SHARE = 14 / 32
@@ -58,6 +58,7 @@ class VHR(Edit):
         default="generated", description="rows reinforced: from the prompt's last on, all after the image, or all"
     )
     layers: Layers | None = Field(default=None, description="layers edited; None: the last 14 of 32, or that share")
+    later_tokens: LaterTokens = Field(default="refuse", description=LATER_TOKENS + ", whose heads stay the prompt's")
 
     def layers_in(self, model: ModelInfo) -> tuple[int, ...]:
         if self.layers is None:
@@ -72,7 +73,7 @@ class VHR(Edit):
     def primitives(self, call: AttentionCall) -> list[Primitive]:
         require_all_heads(self, call)
         if call.phase == "chunk":
-            raise self.refuse_phase(call, "heads are chosen in the prompt's last row. Give the prompt in one forward.")
+            self._require_a_turn_of_text(call)
         if call.phase == "prefill":
             prompts = call.batch - call.companions
             with torch.no_grad():
@@ -85,7 +86,20 @@ class VHR(Edit):
             return [HeadAffine(gain=gain.repeat(call.batch // prompts, 1), rows=self._rows(call))]
         if "gain" not in call.state:
             raise self.refuse_phase(call, "no prompt was seen under this edit. Wrap first, then run the prompt.")
-        return [HeadAffine(gain=call.state["gain"])]
+        rows = self._rows(call) if call.phase == "chunk" else None
+        return [HeadAffine(gain=call.state["gain"], rows=rows)]
+
+    def _require_a_turn_of_text(self, call: AttentionCall) -> None:
+        if self.later_tokens == "refuse":
+            reason = (
+                "heads are chosen in the prompt's last row. Give the prompt in one forward, or set later_tokens='turn' for a "
+                "conversation."
+            )
+            raise self.refuse_phase(call, reason)
+        past = call.layout.length - call.inputs.num_queries
+        if any(image.stop > past for image in call.layout.images):
+            reason = "heads are chosen in a conversation's first turn, which must hold its images. Give all turns in one forward."
+            raise self.refuse_phase(call, reason)
 
     def _gain(self, with_image: Tensor, without: Tensor) -> Tensor:
         """``(B, H)`` from head outputs ``(B, H, Dv)`` of the last row, float32."""
@@ -96,7 +110,7 @@ class VHR(Edit):
     def _rows(self, call: AttentionCall) -> Tensor | None:
         """Row scope ``(B, N)``."""
         if self.rows == "generated":
-            return answering_rows(self, call, None)
+            return answering_rows(self, call, None, self.later_tokens)
         if self.rows == "all":
             return None
         return rows_after_images(call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import numpy as np
@@ -78,9 +79,14 @@ def literal_streams(model: Any, ids: Tensor, ratio: float) -> tuple[list[set[int
 
 
 def literal_imbalanced(
-    edit: Imbalanced, local: list[set[int]], summary: list[set[int]], last: int, first_real: list[int]
+    edit: Imbalanced,
+    local: list[set[int]],
+    summary: list[set[int]],
+    last: int,
+    first_real: list[int],
+    asked: Set[int] = frozenset(),
 ) -> Literal:
-    """``last``: the place of the prompts' last token."""
+    """``last``: the place of the prompts' last token; ``asked``: rows after it that answer nothing."""
     images = [a | b for a, b in zip(local, summary, strict=True)]
 
     def logits(s: Tensor, layer: int) -> Tensor:
@@ -95,7 +101,7 @@ def literal_imbalanced(
             for h in range(s.shape[1]):
                 if layer < 2 or (edit.heads is not None and (layer, h) not in edit.heads):
                     continue
-                for i in range(last, s.shape[2]):
+                for i in sorted(set(range(last, s.shape[2])) - asked):
                     for j in images[b]:
                         gain = factors[h] * (edit.alpha if j in local[b] else edit.beta)
                         score = float(s[b, h, i, j])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import pytest
 import torch
 from torch import Tensor
@@ -32,8 +34,8 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.cat([ids, prompts(3, MORE + 1, seed=3)[:, 1:]], 1), torch.cat([mask, torch.ones(3, MORE).long()], 1)
 
 
-def literal_pai(edit: PAI, images: list[list[int]], last: list[int]) -> Literal:
-    """``last``: the place of each prompt's last token."""
+def literal_pai(edit: PAI, images: list[list[int]], last: list[int], asked: Set[int] = frozenset()) -> Literal:
+    """``last``: the place of each prompt's last token; ``asked``: rows after it that answer nothing."""
 
     def logits(s: Tensor, layer: int) -> Tensor:
         edited = s.clone()
@@ -41,7 +43,7 @@ def literal_pai(edit: PAI, images: list[list[int]], last: list[int]) -> Literal:
             for h in range(s.shape[1]):
                 if layer < 2 or (edit.heads is not None and (layer, h) not in edit.heads):
                     continue
-                for i in range(last[b], s.shape[2]):
+                for i in sorted(set(range(last[b], s.shape[2])) - asked):
                     for j in places:
                         edited[b, h, i, j] = s[b, h, i, j] + edit.alpha * abs(float(s[b, h, i, j]))
         return edited

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import replace
 from typing import Any
 
@@ -38,16 +39,22 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def literal_spin(
-    edit: SPIN, images: list[list[int]], last: list[int], silenced: list[tuple[int, ...]], window: int | None = None
+    edit: SPIN,
+    images: list[list[int]],
+    last: list[int],
+    silenced: list[tuple[int, ...]],
+    window: int | None = None,
+    asked: Set[int] = frozenset(),
 ) -> Literal:
-    """``last``: the place of each prompt's last token. ``silenced`` gets the heads of each edited row."""
+    """``last``: the place of each prompt's last token; ``asked``: rows after it that answer nothing. ``silenced`` gets the heads
+    of each edited row."""
     gains: dict[int, Tensor] = {}
 
     def logits(s: Tensor, layer: int) -> Tensor:
         number = s.shape[1]
         gains[layer] = torch.ones(s.shape[:3], dtype=torch.float64)
         for b, places in enumerate(images):
-            for i in range(last[b], s.shape[2]):
+            for i in sorted(set(range(last[b], s.shape[2])) - asked):
                 seen = [j for j in places if j <= i and (window is None or j > i - window)]
                 if not seen or (edit.layers is not None and layer not in edit.layers):
                     continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -28,8 +28,11 @@ def _no_gradients() -> Iterator[None]:
 
 
 @contextmanager
-def scaled(model: Any, gains: dict[int, Tensor], first_row: int, seen: dict[int, Tensor]) -> Iterator[None]:
-    """Heads times their gain ``(B, H)`` in rows from ``first_row`` on; ``seen`` gets each layer's heads before that."""
+def scaled(
+    model: Any, gains: dict[int, Tensor], first_row: int, seen: dict[int, Tensor], asked: Set[int] = frozenset()
+) -> Iterator[None]:
+    """Heads times their gain ``(B, H)`` in rows from ``first_row`` on without ``asked``; ``seen`` gets each layer's heads before
+    that."""
     with ExitStack() as stack:
         for layer in attn_hooks.inspect_model(model).layers:
 
@@ -37,7 +40,8 @@ def scaled(model: Any, gains: dict[int, Tensor], first_row: int, seen: dict[int,
                 heads = args[0].unflatten(-1, (layer.num_heads, -1)).clone()
                 seen[layer.index] = heads.clone()
                 if layer.index in gains:
-                    heads[:, first_row:] *= gains[layer.index][:, None, :, None]
+                    rows = sorted(set(range(first_row, heads.shape[1])) - asked)
+                    heads[:, rows] *= gains[layer.index][:, None, :, None]
                 return (heads.flatten(-2),)
 
             handle = layer.module.o_proj.register_forward_pre_hook(hook)
