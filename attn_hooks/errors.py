@@ -464,6 +464,31 @@ CATALOGUE: dict[str, Entry] = {
         "name:path is for methods whose tensors are trained or measured elsewhere, such as lofit.",
         "Give {'method': name, ...} with the parameters, or the path of a recipe.",
     ),
+    "which-adapter": Entry(
+        EditError,
+        "{model}: heads are ranked by the vectors of one adapter of LoFiT; asked for {wanted}, and the model has {known}.",
+        "The model was not trained under LofitConfig, the adapter has another name, or several are active at once.",
+        "Give the model that get_peft_model() returned, before unload(), and adapter_name if it has several.",
+    ),
+    "vectors-not-finite": Entry(
+        EditError,
+        "LoFiT: the vector of head {head} in layer {layer} holds values that are not finite, so heads cannot be ranked.",
+        "Training has diverged.",
+        "Train again with a smaller learning rate, and look at the loss first.",
+    ),
+    "l1-without-effect": Entry(
+        EditError,
+        "LoFiT: the L1 penalty would have no effect: {reason}.",
+        "It adds lambda * sign to the vectors' gradients as the optimizer steps. FSDP and DeepSpeed step flat copies instead; an "
+        "optimizer made before get_peft_model() steps nothing of LoFiT.",
+        "Make the optimizer of the adapted model's trainable parameters, and select heads on one process a model (or with DDP).",
+    ),
+    "bad-top-heads": Entry(
+        EditError,
+        "{path}: {detail}.",
+        "It is not one of the top_heads files of the paper's repository.",
+        "Give such a file, or a list of pairs (layer, head) to LofitConfig directly.",
+    ),
     "adapter-format": Entry(
         EditError,
         "LoFiT: this adapter has format version {found}, and this version of attn-hooks reads up to {known}.",

@@ -6,13 +6,27 @@ Source: Yin, Ye, Durrett, "LoFiT: Localized Fine-tuning on LLM Representations",
 
 Everything of PEFT works with it: training, ``save_pretrained``, ``PeftModel.from_pretrained``, several adapters,
 ``disable_adapter``, ``merge_and_unload``. A process that loads such an adapter imports ``attn_hooks`` first.
+
+Which heads: ``select_heads`` after a first stage with ``component="scale"`` and ``L1Penalty``.
 """
 
 from attn_hooks.lofit.config import LofitConfig
 from attn_hooks.lofit.layer import LofitLayer
 from attn_hooks.lofit.model import LofitModel
 from attn_hooks.lofit.peft_type import register
+from attn_hooks.lofit.penalty import L1Penalty, add_l1_penalty
+from attn_hooks.lofit.selection import random_heads, rank_heads, read_top_heads, select_heads
 
-__all__ = ["LofitConfig", "LofitLayer", "LofitModel"]
+__all__ = [
+    "L1Penalty",
+    "LofitConfig",
+    "LofitLayer",
+    "LofitModel",
+    "add_l1_penalty",
+    "random_heads",
+    "rank_heads",
+    "read_top_heads",
+    "select_heads",
+]
 
 register(LofitConfig, LofitModel)

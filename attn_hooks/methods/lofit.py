@@ -11,7 +11,6 @@ It is what ``attn_hooks.lofit`` trains under PEFT, through ``HeadAffine``, so th
 
 from __future__ import annotations
 
-import re
 from typing import ClassVar
 
 import torch
@@ -57,29 +56,15 @@ class LoFiT(Edit):
 
         Raises ``EditError`` if it is not one of offsets.
         """
-        from peft.utils import load_peft_weights
+        from attn_hooks.lofit.saved import read_adapter
 
-        from attn_hooks.lofit import LofitConfig
-
-        try:
-            config = LofitConfig.from_pretrained(path)
-            tensors = load_peft_weights(path, device="cpu")
-        except (OSError, ValueError, KeyError, TypeError) as problem:
-            raise error("bad-adapter", path=path, detail=f"PEFT cannot load it as LOFIT: {problem}") from None
-        if not isinstance(config, LofitConfig) or config.component != "offset":
-            kind = f"scales, component={config.component!r}" if isinstance(config, LofitConfig) else config.peft_type
-            detail = f"it is an adapter of {kind}, not of offsets on head outputs"
+        config, vectors = read_adapter(path)
+        if config.component != "offset":
+            detail = f"it is an adapter of scales, component={config.component!r}, not of offsets on head outputs"
             raise error("bad-adapter", path=path, detail=detail)
-        by_layer = {_layer_of(name): rows for name, rows in tensors.items() if name.endswith(".lofit_offset")}
-        counted = [[layer, head] for layer, rows in sorted(by_layer.items()) for head in range(len(rows))]
-        heads = counted if config.heads is None else config.heads
-        if [layer for layer, _ in heads] != [layer for layer, _ in counted]:
-            detail = f"its tensors are of the layers {sorted(by_layer)}, its heads of others or of another number"
-            raise error("bad-adapter", path=path, detail=detail)
-        longest = max(rows.shape[1] for rows in by_layer.values())
-        padded = [torch.nn.functional.pad(rows, (0, longest - rows.shape[1])) for _, rows in sorted(by_layer.items())]
-        pairs = tuple((layer, head) for layer, head in heads)
-        return cls(heads=pairs, offset=torch.cat(padded).float())
+        longest = max(len(row) for row in vectors.values())
+        padded = [torch.nn.functional.pad(row, (0, longest - len(row))) for row in vectors.values()]
+        return cls(heads=tuple(vectors), offset=torch.stack(padded).float())
 
     def check(self, model: ModelInfo) -> None:
         super().check(model)
@@ -105,9 +90,3 @@ class LoFiT(Edit):
         offset = torch.stack([rows[head][:value_dim] if head in rows else unmoved for head in call.heads])
         heads = head_selection([head in rows for head in call.heads], call.device)
         return [HeadAffinePrimitive(offset=offset.to(call.device, non_blocking=True), heads=heads)]
-
-
-def _layer_of(name: str) -> int:
-    """The last number in a tensor's path."""
-    numbers: list[str] = re.findall(r"\.(\d+)\.", name)
-    return int(numbers[-1]) if numbers else 0
