@@ -11,12 +11,12 @@ from typing import NamedTuple
 class AttnHooksError(ValueError):
     """Raised for anything that a user asked for and that cannot be done as asked.
 
-    ``code`` names the row of the catalogue and of docs/errors.md.
+    ``code`` names the row of the catalogue and of docs/errors.md, ``details`` what its message was filled with.
     """
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, details: dict[str, object] | None = None) -> None:
         super().__init__(f"{message} [{code}]")
-        self.code = code
+        self.code, self.details = code, details or {}
 
 
 class UnsupportedModelError(AttnHooksError):
@@ -513,7 +513,7 @@ CATALOGUE: dict[str, Entry] = {
 def error(code: str, **details: object) -> AttnHooksError:
     """The error of a catalogue row, its message filled in; the caller raises it."""
     entry = CATALOGUE[code]
-    return entry.kind(code, entry.message.format(**details))
+    return entry.kind(code, entry.message.format(**details), details)
 
 
 def catalogue_as_markdown() -> str:

@@ -27,7 +27,7 @@ from torch.nn import functional
 from transformers import Cache, DynamicCache
 
 from attn_hooks.edit import Edit
-from attn_hooks.errors import error
+from attn_hooks.errors import AttnHooksError, error
 from attn_hooks.in_step import InStep, can_join, for_both
 from attn_hooks.layout import ImageSpan, TokenKind, TokenLayout
 from attn_hooks.model_info import ModelInfo
@@ -533,7 +533,14 @@ class StreamRunner:
         if state.cache is None:
             state.cache = DynamicCache(config=self.model.text_config)
             wanted = 1 if state.waiting else steps
-            logits = self._run(outer, {**state.arguments, "past_key_values": state.cache}, wanted)
+            try:
+                logits = self._run(outer, {**state.arguments, "past_key_values": state.cache}, wanted)
+            except AttnHooksError as refusal:
+                if state.same_tokens or refusal.code != "no-image-in-prompt":
+                    raise
+                reason = "its second stream sees a few embeddings of the image, among which the other finds no image"
+                other = refusal.details["method"]
+                raise error("cannot-compose", first=self.edit.method, second=other, reason=reason) from refusal
             state.arguments = {}
         if state.waiting:
             with _without_plans():

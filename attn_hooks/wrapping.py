@@ -302,3 +302,10 @@ def check_composition(edits: tuple[Edit, ...], info: ModelInfo) -> None:
             if all(streams):
                 reason = "both make the next token's logits from a second stream"
                 raise error("cannot-compose", first=first.method, second=second.method, reason=reason)
+            for tries, other in ((first, second), (second, first)):
+                if isinstance(tries, CandidateEdit) and getattr(other, "later_tokens", None) == "turn":
+                    reason = (
+                        f"{tries.method} tries several tokens in one forward, which {other.method} with later_tokens='turn' "
+                        "would take for a turn"
+                    )
+                    raise error("cannot-compose", first=first.method, second=second.method, reason=reason)

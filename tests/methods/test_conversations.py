@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 import attn_hooks
-from attn_hooks import PAI, SPIN, VAR, VHR, AttnHooksError, Edit, EditError, Imbalanced
+from attn_hooks import DAMRO, PAI, SPIN, VAR, VHR, AttnHooksError, Edit, EditError, Imbalanced, Opera
 from tests.hooks import vlms
 from tests.literal import Literal, literal_attention
 from tests.methods import test_imbalanced, test_pai, test_spin, test_vhr
@@ -281,3 +281,22 @@ def test_var_and_vhr_in_one_pass_are_one_after_the_other() -> None:
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found[:, -1], var_alone[:, -1], atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["eah", "imbalanced", "pai", "spin", "var"])
+def test_beside_damro_the_reason_is_its_second_stream(method: str) -> None:
+    model, inputs = vlms.CASES["llava"].model(), vlms.CASES["llava"].inputs()
+    both = DAMRO(beta=0.0, tokens=3), CASES[method].active(model, inputs)
+    told = pytest.raises(
+        AttnHooksError, match=f"damro and {method} cannot stand together: its second stream sees a few"
+    )
+    with attn_hooks.editing(model, *both), told:
+        model(**inputs)
+
+
+def test_candidates_are_no_turn() -> None:
+    model = vlms.CASES["llava"].model()
+    for edit in (PAI(gamma=1.0, layers=(0,), later_tokens="turn"), SPIN(later_tokens="turn"), VHR(later_tokens="turn")):
+        for both in ((edit, Opera()), (Opera(), edit)):
+            with pytest.raises(AttnHooksError, match="opera tries several tokens in one forward"):
+                attn_hooks.wrap(model, *both)
