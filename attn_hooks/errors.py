@@ -296,6 +296,12 @@ CATALOGUE: dict[str, Entry] = {
         "Assisted and contrastive generation take tokens back or repeat rows; the second stream has a cache of its own.",
         "Generate greedily, by sampling or with beams.",
     ),
+    "stream-no-tokens": Entry(
+        UnsupportedArgumentError,
+        "{method} finds a prompt's images by their tokens, and {model} was given embeddings (inputs_embeds) alone.",
+        "Features that were put among the embeddings beforehand look like any others.",
+        "Give input_ids and pixel_values.",
+    ),
     "stream-no-prompt": Entry(
         EditError,
         "{model}: {method} was wrapped after the prompt went into this cache, so that its second stream knows no prompt.",

@@ -40,8 +40,13 @@ class Lockstep:
         past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
         tokens = given.get("input_ids")
         tokens = in_flight.outer_tokens if tokens is None else tokens
-        if past or in_flight.without_edits or tokens is None:
+        if past or in_flight.without_edits:
             return None
+        if tokens is None:
+            if in_flight.in_second_stream:
+                return None
+            reason = "the forward was given embeddings, which do not tell an image's tokens: give it input_ids"
+            raise error("no-companions", method=self.method, model=self.model.model_class, reason=reason)
         images = self.model.images_in(tokens, in_flight.outer_given or given)
         if not images:
             return None

@@ -218,6 +218,8 @@ class _InFlight(threading.local):
     class_attention: dict[str, list[Tensor]] | None = None
     # In a second stream that runs as the model does unwrapped.
     without_edits: bool = False
+    # In any second stream that is a forward of its own.
+    in_second_stream: bool = False
     # Of the call before: its position_ids and its sequence.
     positions: tuple[int, int] | None = None
     # Rows below the prompts that lockstep.py has added.

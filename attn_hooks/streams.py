@@ -436,6 +436,8 @@ class StreamRunner:
     def _begin(self, outer: Any, given: dict[str, Any]) -> StreamState | None:
         """The second stream of a prompt; None if it has no image."""
         sequence, embeddings = self.tracker.in_flight.current, self.in_flight.embeddings
+        if given.get("input_ids") is None:
+            raise error("stream-no-tokens", method=self.edit.method, model=self.model.model_class)
         if sequence is None or not sequence.layout.images:
             return None
         if embeddings is None:
@@ -581,10 +583,11 @@ class StreamRunner:
         # The main stream's sequence is the one that whoever asks later means.
         current, flight = self.tracker.in_flight.current, self.tracker.in_flight
         self.in_flight.is_second, flight.without_edits = True, not self.edit.edits_second_stream
+        flight.in_second_stream = True
         try:
             output = outer(**{**arguments, "use_cache": True, "return_dict": True})
         finally:
-            self.in_flight.is_second, flight.without_edits = False, False
+            self.in_flight.is_second, flight.without_edits, flight.in_second_stream = False, False, False
             self.in_flight.second, flight.current = flight.current, current
         found: Tensor = output.logits
         return found

@@ -300,3 +300,13 @@ def test_candidates_are_no_turn() -> None:
         for both in ((edit, Opera()), (Opera(), edit)):
             with pytest.raises(AttnHooksError, match="opera tries several tokens in one forward"):
                 attn_hooks.wrap(model, *both)
+
+
+@pytest.mark.parametrize("method", ["agla", "damro", "opera", "vcd", "vhr"])
+def test_embeddings_do_not_tell_an_image(method: str) -> None:
+    """Features merged beforehand: the prompt has an image, and nothing says where."""
+    model, inputs = edited(method)
+    embeddings = model.get_input_embeddings()(inputs["input_ids"])
+    with pytest.raises(AttnHooksError, match="was given embeddings") as refused:
+        model(inputs_embeds=embeddings, attention_mask=inputs["attention_mask"])
+    assert refused.value.code == ("no-companions" if method == "vhr" else "stream-no-tokens")
