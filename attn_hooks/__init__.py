@@ -18,6 +18,7 @@ from attn_hooks.methods.damro import DAMRO
 from attn_hooks.methods.eah import EAH
 from attn_hooks.methods.head_affine import HeadAffine
 from attn_hooks.methods.imbalanced import Imbalanced
+from attn_hooks.methods.iti import ITI
 from attn_hooks.methods.lofit import LoFiT
 from attn_hooks.methods.opera import Opera
 from attn_hooks.methods.pai import PAI
@@ -46,6 +47,7 @@ __all__ = [
     "AGLA",
     "DAMRO",
     "EAH",
+    "ITI",
     "PAI",
     "PASTA",
     "SPIN",

@@ -489,6 +489,12 @@ CATALOGUE: dict[str, Entry] = {
         "optimizer made before get_peft_model() steps nothing of LoFiT.",
         "Make the optimizer of the adapted model's trainable parameters, and select heads on one process a model (or with DDP).",
     ),
+    "bad-head-outputs": Entry(
+        EditError,
+        "Probes of head outputs: {detail}.",
+        "Probes and ITI's directions need outputs of true and of false texts, one label (and one group) a text, all finite.",
+        "Give as many labels as texts were run, with both classes in the training part and in the validation part.",
+    ),
     "bad-top-heads": Entry(
         EditError,
         "{path}: {detail}.",

@@ -23,6 +23,7 @@ SHIPPED = {
     "damro": "attn_hooks.methods.damro:DAMRO",
     "head_affine": "attn_hooks.methods.head_affine:HeadAffine",
     "imbalanced": "attn_hooks.methods.imbalanced:Imbalanced",
+    "iti": "attn_hooks.methods.iti:ITI",
     "lofit": "attn_hooks.methods.lofit:LoFiT",
     "opera": "attn_hooks.methods.opera:Opera",
     "pai": "attn_hooks.methods.pai:PAI",

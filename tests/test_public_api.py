@@ -18,6 +18,7 @@ ATTN_HOOKS = {
     "AGLA",
     "DAMRO",
     "EAH",
+    "ITI",
     "PAI",
     "PASTA",
     "SPIN",

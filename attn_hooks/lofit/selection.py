@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from attn_hooks.errors import error
+from attn_hooks.head_vectors import how_many
 from attn_hooks.lofit.config import METHOD
 from attn_hooks.lofit.layer import LofitLayer
 from attn_hooks.lofit.saved import read_adapter
@@ -47,7 +48,7 @@ def select_heads(
     Give them to ``LofitConfig(heads=...)`` on the model that ``model.unload()`` returns. See ``rank_heads``.
     """
     ranked = rank_heads(model, adapter_name)
-    return [(layer, head) for layer, head, _ in ranked[: _how_many(len(ranked), k, share)]]
+    return [(layer, head) for layer, head, _ in ranked[: _count(len(ranked), k, share)]]
 
 
 def random_heads(
@@ -56,7 +57,7 @@ def random_heads(
     """As many heads of all of ``model``, drawn without a look at them: what a selection is compared with."""
     layers = [projection.layer for projection in output_projections(model, METHOD)]
     heads = [(layer.index, head) for layer in layers for head in range(layer.num_heads)]
-    return random.Random(seed).sample(heads, _how_many(len(heads), k, share))
+    return random.Random(seed).sample(heads, _count(len(heads), k, share))
 
 
 def read_top_heads(path: str | Path, k: int | None = None) -> list[tuple[int, int]]:
@@ -73,21 +74,12 @@ def read_top_heads(path: str | Path, k: int | None = None) -> list[tuple[int, in
             f"it holds {getattr(found, 'dtype', type(found))} {getattr(found, 'shape', '')}, not integers (heads, 2)"
         )
         raise error("bad-top-heads", path=path, detail=detail)
-    count = len(found) if k is None else _how_many(len(found), k, None)
+    count = len(found) if k is None else how_many(METHOD, len(found), k, None)
     return [(int(layer), int(head)) for layer, head in found[:count]]
 
 
-def _how_many(total: int, k: int | None, share: float | None) -> int:
-    if k is not None and share is not None:
-        raise error("bad-parameters", method=METHOD, detail="give k or share, not both")
-    if k is not None:
-        if not 1 <= k <= total:
-            raise error("bad-parameters", method=METHOD, detail=f"k: there are {total} heads to choose from (got {k})")
-        return k
-    share = PUBLISHED_SHARE if share is None else share
-    if not 0 < share <= 1:
-        raise error("bad-parameters", method=METHOD, detail=f"share: must be above 0 and at most 1 (got {share})")
-    return max(1, round(share * total))
+def _count(total: int, k: int | None, share: float | None) -> int:
+    return how_many(METHOD, total, k, PUBLISHED_SHARE if k is None and share is None else share)
 
 
 def _vectors_of(model: nn.Module, adapter_name: str | None) -> dict[tuple[int, int], Tensor]:

@@ -19,10 +19,9 @@ from pydantic import Field, model_validator
 from attn_hooks.call import AttentionCall
 from attn_hooks.edit import Edit, Heads, Reads, Scope, TensorField, Writes
 from attn_hooks.errors import error
+from attn_hooks.head_vectors import check_head_vectors, offset_of_call
 from attn_hooks.model_info import ModelInfo
-from attn_hooks.output_projection import takes_head_outputs
-from attn_kernels import HeadAffine as HeadAffinePrimitive
-from attn_kernels import Primitive, head_selection
+from attn_kernels import HeadAffine, Primitive
 
 
 class LoFiT(Edit):
@@ -68,25 +67,8 @@ class LoFiT(Edit):
 
     def check(self, model: ModelInfo) -> None:
         super().check(model)
-        layers = [model.layer(layer) for layer in self.layers_in(model)]
-        expected = (len(self.heads), max(layer.value_dim for layer in layers))
-        if tuple(self.offset.shape) != expected:
-            raise error(
-                "wrong-shape",
-                method=self.method,
-                parameter="offset",
-                given=tuple(self.offset.shape),
-                model=model.model_class,
-                expected=expected,
-            )
-        for layer in layers:
-            if not takes_head_outputs(layer):
-                raise error("gated-heads", method=self.method, model=model.model_class, layer=layer.index)
+        check_head_vectors(self, "offset", self.offset, self.heads, model)
 
     def primitives(self, call: AttentionCall) -> list[Primitive]:
-        rows = {head: row for row, (layer, head) in zip(self.offset, self.heads, strict=True) if layer == call.layer}
-        value_dim = call.inputs.value.shape[-1]
-        unmoved = self.offset.new_zeros(value_dim)
-        offset = torch.stack([rows[head][:value_dim] if head in rows else unmoved for head in call.heads])
-        heads = head_selection([head in rows for head in call.heads], call.device)
-        return [HeadAffinePrimitive(offset=offset.to(call.device, non_blocking=True), heads=heads)]
+        offset, heads = offset_of_call(self.heads, self.offset, call)
+        return [HeadAffine(offset=offset, heads=heads)]

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from attn_hooks import (
     ACT,
+    ITI,
     PASTA,
     Ablate,
     Edit,
@@ -96,6 +97,7 @@ ACTING_EDITS: dict[str, Edit] = {
     "ablate": Ablate(heads={1: [3, 6]}),
     "act": ACT(beta=0.1, alpha=1.05, heads={2: [1, 4], 1: [0]}),
     "head_affine": HeadAffine(gain=gain_at(2, 5, 3.0)),
+    "iti": ITI(heads={0: [1], 2: [6]}, direction=torch.eye(2, HEAD_DIM), sigma=torch.tensor([0.2, 0.1])),
     "lofit": LoFiT(heads={1: [2], 3: [5]}, offset=torch.linspace(-1, 1, 2 * HEAD_DIM).view(2, HEAD_DIM)),
     "pasta": PASTA(spans=(((3, 6),),), alpha=0.05, heads={0: [2], 3: [7]}),
     "power": PowerAttention(block=2, window_blocks=1, sink_blocks=0),

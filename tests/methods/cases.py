@@ -9,6 +9,7 @@ import torch
 from attn_hooks import (
     ACT,
     EAH,
+    ITI,
     PAI,
     PASTA,
     SPIN,
@@ -53,6 +54,12 @@ CASES = [
     Case(ACT(beta=0.1, alpha=1.1), ACT(beta=1.0, alpha=1.1), frozen_on_prompt=True, chunks=False),
     Case(EAH(threshold=1e-6, layers=(1, 2)), EAH(threshold=1.0), frozen_on_prompt=True, chunks=False),
     Case(HeadAffine(gain=GAIN, offset=OFFSET), HeadAffine(gain=torch.ones_like(GAIN), offset=torch.zeros_like(OFFSET))),
+    Case(
+        ITI(heads=((1, 2), (3, 0)), direction=OFFSET[1, :2], sigma=torch.ones(2)),
+        ITI(heads=((1, 2),), direction=OFFSET[1, :1], sigma=torch.ones(1), alpha=0.0),
+        frozen_on_prompt=True,
+        chunks=False,
+    ),
     Case(LoFiT(heads=((1, 2), (3, 0)), offset=OFFSET[1, :2]), LoFiT(heads=((1, 2),), offset=torch.zeros(1, HEAD_DIM))),
     Case(PAI(gamma=1.0, alpha=0.9), PAI(gamma=1.0, alpha=0.0), frozen_on_prompt=True, chunks=False),
     Case(
