@@ -424,7 +424,7 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "mixed-batch": Entry(
         UnsupportedArgumentError,
-        "LoFiT: adapter_names={names} asks for an adapter for each sample, and adapters of LoFiT act on the whole batch.",
+        "{method}: adapter_names={names} asks for an adapter for each sample, and adapters of {method} act on the whole batch.",
         "One batch with several adapters is LoRA's machinery in PEFT.",
         "Make a batch for each adapter and call set_adapter() before it.",
     ),
@@ -434,6 +434,19 @@ CATALOGUE: dict[str, Entry] = {
         "W(z + v) + b = Wz + (b + Wv) needs the projection's weights as they are: a Linear or Conv1D, unquantised, whole on this "
         "rank, and with no other adapter around it.",
         "Serve the adapter unmerged: it costs one addition a layer. For a merged model load the base unquantised on one rank.",
+    ),
+    "red-not-merged": Entry(
+        EditError,
+        "RED: {adapters} cannot be merged: adapters on feed-forward networks are a baseline here. Keep the adapter beside the "
+        "model, or unload() it.",
+        "merge_adapter() or merge_and_unload() on a model of RedConfig.",
+        "Use the adapter unmerged; LofitConfig and LoRA can be merged.",
+    ),
+    "no-feed-forward": Entry(
+        UnsupportedModelError,
+        "RED: layer {layer} of {model} has not exactly one projection that ends its feed-forward network.",
+        "It is found by its name (down_proj, fc2, c_proj, ...) in the layer or in one module of it. Layers of experts have many.",
+        "Give `layers` without that one, or use a model without experts.",
     ),
     "merge-not-finite": Entry(
         EditError,
@@ -509,7 +522,7 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "foreign-lofit": Entry(
         AttnHooksError,
-        "PEFT {version} has a method LOFIT that is not attn-hooks' own ({owner}), so LofitConfig would be read by that one.",
+        "PEFT {version} has a method {name} that is not attn-hooks' own ({owner}), so this config would be read by that one.",
         "A later PEFT, or another package, has registered the name first.",
         "Use that one's config, or the PEFT version that attn-hooks was tested with.",
     ),

@@ -15,6 +15,7 @@ from attn_hooks.errors import error
 from attn_hooks.lofit.peft_type import own_peft_type
 
 METHOD = "lofit"
+PEFT_NAME = "LOFIT"
 COMPONENTS = ("offset", "scale")
 FORMAT_VERSION = 1
 
@@ -50,7 +51,7 @@ class LofitConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = own_peft_type(LofitConfig)
+        self.peft_type = own_peft_type(PEFT_NAME, LofitConfig)
         # Found in the model, not chosen: PEFT reads it from the object, and it is not part of the file.
         self.target_modules: frozenset[str] | None = None
         if self.format_version > FORMAT_VERSION:

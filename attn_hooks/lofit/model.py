@@ -62,7 +62,7 @@ class LofitModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
-            raise error("mixed-batch", names=kwargs["adapter_names"])
+            raise error("mixed-batch", method="LoFiT", names=kwargs["adapter_names"])
         yield
 
     def _unload_and_optionally_merge(
