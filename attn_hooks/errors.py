@@ -498,7 +498,7 @@ CATALOGUE: dict[str, Entry] = {
     "l1-without-effect": Entry(
         EditError,
         "LoFiT: the L1 penalty would have no effect: {reason}.",
-        "It adds lambda * sign to the vectors' gradients as the optimizer steps. FSDP and DeepSpeed step flat copies instead; an "
+        "It adds lambda * sign to the vectors' gradients as the optimizer steps. DeepSpeed's steps flat copies instead; an "
         "optimizer made before get_peft_model() steps nothing of LoFiT.",
         "Make the optimizer of the adapted model's trainable parameters, and select heads on one process a model (or with DDP).",
     ),

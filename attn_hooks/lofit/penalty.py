@@ -27,8 +27,8 @@ def add_l1_penalty(optimizer: Optimizer, model: nn.Module, weight: float = PUBLI
     Once for a training loop of one's own, after ``accelerator.prepare`` if there is one. It comes after clipping, and after a
     ``GradScaler`` has undone its scale. ``handle.remove()`` ends it. The default is the paper's for TruthfulQA and MQuAKE on 7B.
 
-    Raises ``EditError`` if the model has no such vectors or the optimizer does not step them themselves (as with FSDP's and
-    DeepSpeed's flat copies), at a step also if one has no gradient.
+    Raises ``EditError`` if the model has no such vectors or the optimizer does not step them themselves (but flat copies, as
+    DeepSpeed's does), at a step also if one has no gradient.
     """
     if not 0 <= weight < float("inf"):
         raise error("bad-parameters", method=METHOD, detail=f"weight: must be 0 or more (got {weight})")
@@ -60,7 +60,7 @@ def add_l1_penalty(optimizer: Optimizer, model: nn.Module, weight: float = PUBLI
 
 
 class L1Penalty(TrainerCallback):
-    """``add_l1_penalty`` for ``Trainer`` and TRL's trainers: ``callbacks=[L1Penalty(5e-4)]``.
+    """``add_l1_penalty`` for ``Trainer`` and what derives from it: ``callbacks=[L1Penalty(5e-4)]``.
 
     ``weight``: the paper's lambda. Training and evaluation losses are logged without the term.
     """

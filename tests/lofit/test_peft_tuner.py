@@ -124,8 +124,9 @@ def test_gradients_match_finite_differences(component: str) -> None:
     assert torch.autograd.gradcheck(output, rows)
 
 
-def test_only_the_chosen_heads_are_trained() -> None:
-    model = adapted()
+@pytest.mark.parametrize("component", ["offset", "scale"])
+def test_only_the_chosen_heads_are_trained(component: str) -> None:
+    model = adapted(LofitConfig(heads=HEADS, component=component, init_std=0.5))
     model(prompt(), labels=prompt()).loss.backward()
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert with_gradient == {name for name, parameter in model.named_parameters() if "lofit_" in name}
@@ -291,6 +292,23 @@ def test_half_precision_keeps_vectors_in_float32() -> None:
     assert logits(half).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("component", ["offset", "scale"])
+def test_everything_moves_together(component: str) -> None:
+    def places(model: nn.Module) -> set[str]:
+        return {str(tensor.device) for tensor in [*model.parameters(), *model.buffers()]}
+
+    config = LofitConfig(heads=HEADS, component=component)
+    moved = adapted(config).to("meta")
+    assert places(moved) == {"meta"}
+    assert places(get_peft_model(tiny_llama().to("meta"), config)) == {"meta"}, "made where the base is"
+    for dtype in (torch.float64, torch.float16):
+        cast = adapted(config).to(dtype)
+        assert {parameter.dtype for parameter in cast.parameters()} == {dtype}
+        assert logits(cast).dtype == dtype
+        cast.merge_adapter()
+        assert {parameter.dtype for parameter in cast.parameters()} == {dtype}
+
+
 # Several adapters
 
 
@@ -414,11 +432,12 @@ def test_compiled_in_one_graph() -> None:
     torch.testing.assert_close(logits(compiled), expected)
 
 
+@pytest.mark.parametrize("component", ["offset", "scale"])
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant: bool) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant: bool, component: str) -> None:
     def gradients(checkpointed: bool) -> list[Tensor]:
         torch.manual_seed(3)
-        model = adapted().train()
+        model = adapted(LofitConfig(component=component, init_std=0.5)).train()
         if checkpointed:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
@@ -469,6 +488,34 @@ def test_trainer_trains_saves_and_resumes(tmp_path: Path) -> None:
     train(resumed, tmp_path, resume=True)
     assert torch.equal(logits(resumed.eval()), logits(model))
     assert trainer.state.global_step == 4
+
+
+def test_a_preference_loss_takes_the_base_model_as_its_reference() -> None:
+    """DPO's sigmoid loss on (prompt, answer) pairs, its reference the same model with the adapter disabled."""
+    torch.manual_seed(4)
+    model = get_peft_model(tiny_llama(), LofitConfig(heads=HEADS, init_std=0.0))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2, weight_decay=0.0)
+    better, worse = prompt(seed=1), prompt(seed=2)
+
+    def score(tokens: Tensor) -> Tensor:
+        log_probabilities = model(tokens).logits[:, :-1].log_softmax(-1)
+        return log_probabilities.gather(-1, tokens[:, 1:, None])[:, 5:].sum((1, 2))
+
+    def loss() -> Tensor:
+        with torch.no_grad(), model.disable_adapter():
+            reference = score(better) - score(worse)
+        return -torch.nn.functional.logsigmoid(0.5 * (score(better) - score(worse) - reference)).mean()
+
+    with torch.no_grad():
+        base = score(better) - score(worse)
+    assert loss().item() == pytest.approx(0.6931472), "untrained, it is its own reference"
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert loss().item() < 0.2
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(score(better) - score(worse), base), "the reference stays where it was"
 
 
 def test_a_quantised_projection_works_and_is_not_merged() -> None:
