@@ -26,8 +26,9 @@ import typer
 
 import attn_hooks
 from attn_eval.cli import app
-from attn_eval.recipe import find_recipe, load_recipe
+from attn_eval.recipe import find_recipe, load_recipe, load_settings
 from attn_eval.tasks import task_names
+from attn_eval.training.recipe import LofitRecipe
 from attn_hooks.registry import SHIPPED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,6 +129,13 @@ def test_commands_exist(name: str) -> None:
 def check_command(words: list[str]) -> None:
     command: Any = typer.main.get_command(app).get_command(None, words[0])  # type: ignore[attr-defined,arg-type]
     assert command is not None, words
+    if words[0] == "lofit":
+        command, words = command.get_command(None, words[1]), words[1:]
+        assert command is not None, words
+        given = command.make_context(words[0], list(words[1:])).params
+        path = find_recipe(given["recipe"], attn_hooks.recipes_dir(), "lofit")
+        load_settings(path, LofitRecipe, given["overrides"] or [])
+        return
     given = command.make_context(words[0], list(words[1:])).params
     if "recipe" in given:
         path = find_recipe(given["recipe"], attn_hooks.recipes_dir())

@@ -18,10 +18,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from attn_eval.errors import EvaluationError
+from attn_eval.terminal import out, silence_loading_bars
+from attn_eval.training.command import lofit
 
 USER_ERROR = 2
 INTERRUPTED = 130
-PIPED_WIDTH = 160
 SHOWN_TEXT = 60
 
 app = typer.Typer(
@@ -39,6 +40,9 @@ app = typer.Typer(
         "  attn-hooks compare results/demo results/narrow"
     ),
 )
+
+
+app.add_typer(lofit)
 
 
 @app.command()
@@ -64,8 +68,8 @@ def methods(
             for parameter, about in described["parameters"]["properties"].items()
         )
         table.add_row(name, escape(described["summary"]), escape(parameters), escape(described["source"]))
-    _out().print(table)
-    _out().print(
+    out().print(table)
+    out().print(
         "In a recipe: [bold]edits: \\[{method: act, beta: 0.4}][/bold]. In Python: attn_hooks.wrap(model, 'act')."
     )
 
@@ -126,7 +130,7 @@ def info(
         }
         print(json.dumps(described, indent=2))
         return
-    console = _out()
+    console = out()
     image_tokens = "none" if found.image_token_id is None else f"token id {found.image_token_id}"
     console.print(
         f"[bold]{escape(model)}[/bold]: {found.model_class}, {found.num_layers} layers, {len(found.layers)} of them can "
@@ -194,11 +198,11 @@ def run(
 
     from attn_eval.runner import run_recipe
 
-    _silence_loading_bars()
+    silence_loading_bars()
     results = run_recipe(
         loaded, folder, limit=limit, save_data=save_data, baseline=baseline, console=Console(stderr=True)
     )
-    console = _out()
+    console = out()
     console.print(console_table(results["metrics"], loaded.name))
     for note in results["notes"]:
         console.print(f"note: {escape(note)}")
@@ -229,7 +233,7 @@ def compare(
         raise EvaluationError(f"{first} and {second} have no metric in common")
     # Not every entry is paired, and only then is it known how many samples it rests on.
     rows = [{"samples": "", **entry, "baseline": entry["first"], "edited": entry["second"]} for entry in compared]
-    console = _out()
+    console = out()
     console.print(console_table(rows, f"{first} -> {second}", runs=("first", "second")))
     for name, folder, results in zip(("first", "second"), (first, second), runs, strict=True):
         edits = ", ".join(edit["method"] for edit in results["edits"]) or "no edits"
@@ -277,7 +281,7 @@ def score(
     if as_json:
         print(json.dumps({"task": task, "metrics": metrics, "notes": notes}, indent=2))
         return
-    console = _out()
+    console = out()
     console.print(console_table(metrics, task))
     for note in notes:
         console.print(f"note: {escape(note)}")
@@ -301,7 +305,7 @@ def find_sinks(
     """
     from attn_eval.probing import measured_sinks
 
-    _silence_loading_bars()
+    silence_loading_bars()
     measured = measured_sinks(model, prompt, image or [], tau, dtype, device)
     if as_json:
         print(json.dumps(measured, indent=2))
@@ -319,11 +323,11 @@ def find_sinks(
             f"{about['position']} {escape(repr(about['token']))}",
         )
     if measured["found"]:
-        _out().print(table)
+        out().print(table)
     if measured["dims"]:
-        _out().print(f"for var: dims={tuple(measured['dims'])}")
+        out().print(f"for var: dims={tuple(measured['dims'])}")
     else:
-        _out().print(
+        out().print(
             f"no dimension tells sinks at tau {tau:g}: the strongest activation is {measured['strongest']:.1f} times the "
             "root mean square. Give another prompt, or a smaller --tau (and the same to var)."
         )
@@ -352,7 +356,7 @@ def score_heads(
 
     if output.exists() and not output.is_dir():
         raise EvaluationError(f"the output {output} is a file: give a folder with -o")
-    _silence_loading_bars()
+    silence_loading_bars()
     measured = scored_heads(model, prompt, image, dtype, device)
     output.mkdir(parents=True, exist_ok=True)
     written = json.dumps(measured, indent=2)
@@ -361,7 +365,7 @@ def score_heads(
     if as_json:
         print(written)
         return
-    console = _out()
+    console = out()
     for name, about in measured["measures"].items():
         table = Table(title=f"{name}: {about['meaning']}")
         for column in ("layer", "head", "score"):
@@ -425,7 +429,7 @@ def recall(
             prompt = prompt_file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise EvaluationError(f"the prompt {prompt_file} can't be read as UTF-8 text: {error}") from error
-    _silence_loading_bars()
+    silence_loading_bars()
     measured = measured_recall(model, edits, prompt, length, rows, dtype, device)
     output.mkdir(parents=True, exist_ok=True)
     written = json.dumps(measured, indent=2)
@@ -434,7 +438,7 @@ def recall(
     if as_json:
         print(written)
         return
-    console = _out()
+    console = out()
     console.print(totals_table(measured))
     for about in measured["edits"]:
         console.print(layers_table(measured, about))
@@ -473,18 +477,6 @@ def _is_for_the_user(error: ValueError) -> bool:
 def _fail(message: str, code: int) -> None:
     print(f"attn-hooks: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
-
-
-def _silence_loading_bars() -> None:
-    """One progress bar is enough: ours."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
-def _out() -> Console:
-    # Piped into a file, a table must not be folded at the 80 columns that rich assumes there.
-    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
 
 
 def _describe(method: Any) -> dict[str, Any]:
@@ -542,9 +534,9 @@ def _show_layout(model: str, prompt: str, images: list[Path], as_json: bool) -> 
         holds = row["kind"] if row["image"] is None else f"{row['kind']} {row['image']}"
         held = row["text"] if len(row["text"]) <= SHOWN_TEXT else row["text"][: SHOWN_TEXT - 3] + "..."
         table.add_row(str(row["start"]), str(row["stop"]), holds, row["grid"] or "", escape(repr(held) if held else ""))
-    _out().print(table)
+    out().print(table)
     if by_cross_attention:
-        _out().print("images reach this model through cross attention: no key of its self-attention is an image's")
+        out().print("images reach this model through cross attention: no key of its self-attention is an image's")
 
 
 def _layer_table(layers: list[dict[str, Any]]) -> Table:

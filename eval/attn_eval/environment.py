@@ -14,6 +14,7 @@ PACKAGES = (
     "transformers",
     "tokenizers",
     "numpy",
+    "peft",
     "wonderwords",
     "triton",
     "pillow",

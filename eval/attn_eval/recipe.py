@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
@@ -20,6 +20,9 @@ from attn_eval.tasks import TaskSettings, build_task, task_class
 if TYPE_CHECKING:
     # Imported where it is used: it brings PyTorch, which a look at a recipe doesn't need.
     import attn_hooks
+
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class GenerationSettings(BaseModel):
@@ -183,28 +186,40 @@ class Recipe(BaseModel):
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 
 
-def find_recipe(recipe: str, shipped: Path) -> Path:
+def find_recipe(recipe: str, shipped: Path, kind: Literal["", "lofit"] = "") -> Path:
     """The file of a recipe: a path, or the name of a shipped one such as ``testbed-lm/streaming``.
+
+    Args:
+        recipe: as given.
+        shipped: the folder of the shipped recipes.
+        kind: ``lofit`` looks among those of fine-tuning, which have a folder of their own.
 
     Raises:
         EvaluationError: neither is there; the message names the nearest shipped recipes.
     """
     given = Path(recipe).expanduser()
-    shipped_name = recipe.removeprefix("recipes/").removesuffix(".yaml")
+    shipped_name = recipe.removeprefix("recipes/").removeprefix(f"{kind}/").removesuffix(".yaml")
+    shipped = shipped / kind
     for candidate in (given, shipped / f"{shipped_name}.yaml"):
         if candidate.is_file():
             return candidate
-    names = [str(path.relative_to(shipped).with_suffix("")) for path in shipped.glob("**/*.yaml")]
+    names = [str(path.relative_to(shipped).with_suffix("")) for path in shipped.glob("*/*.yaml")]
     raise EvaluationError(
         f"no recipe {recipe!r}, neither as a file nor as a shipped one; {nearest(shipped_name, names)}"
     )
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and validate a recipe.
+    """Read and validate a recipe; see `load_settings`."""
+    return load_settings(path, Recipe, overrides)
+
+
+def load_settings(path: Path, kind: type[Settings], overrides: Sequence[str] = ()) -> Settings:
+    """Read a YAML file of one kind of recipe and validate it.
 
     Args:
         path: the YAML file.
+        kind: what it must be.
         overrides: ``key=value`` each; the key dotted (``generation.do_sample``, ``tasks.0.samples``, or
             ``tasks.niah_single_1.samples`` by the task's label, ``edits.act.beta`` by the method), the value YAML.
 
@@ -218,13 +233,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except yaml.YAMLError as error:
         raise EvaluationError(f"the recipe {path} is no valid YAML: {_one_line(str(error))}") from error
     if not isinstance(loaded, dict):
-        raise EvaluationError(f"the recipe {path} must be a table of keys (model, edits, tasks, ...)")
+        raise EvaluationError(f"the recipe {path} must be a table of keys ({', '.join(kind.model_fields)})")
     for override in overrides:
-        _apply(loaded, override)
+        _apply(loaded, override, kind)
     try:
-        return Recipe.model_validate(loaded)
+        return kind.model_validate(loaded)
     except ValidationError as error:
-        raise EvaluationError(f"the recipe {path}: {explain_faults(error, Recipe)}") from error
+        raise EvaluationError(f"the recipe {path}: {explain_faults(error, kind)}") from error
 
 
 def parse_override(override: str) -> tuple[str, Any]:
@@ -242,12 +257,12 @@ def parse_override(override: str) -> tuple[str, Any]:
         raise EvaluationError(f"--set {key}: the value {value!r} is no valid YAML: {_one_line(str(error))}") from error
 
 
-def _apply(recipe: dict[str, Any], override: str) -> None:
+def _apply(recipe: dict[str, Any], override: str, kind: type[BaseModel]) -> None:
     key, parsed = parse_override(override)
     *parents, last = key.split(".")
     first = key.split(".")[0]
-    if first not in Recipe.model_fields:
-        raise EvaluationError(f"--set {key}: a recipe has no key {first!r}; {nearest(first, Recipe.model_fields)}")
+    if first not in kind.model_fields:
+        raise EvaluationError(f"--set {key}: a recipe has no key {first!r}; {nearest(first, kind.model_fields)}")
     if first == "generation":
         recipe.setdefault(first, {})
     owner: Any = recipe
@@ -302,11 +317,24 @@ def explain_faults(error: ValidationError, model: type[BaseModel], owner: str = 
 
 
 def _allowed_keys(model: type[BaseModel], parents: Sequence[str]) -> list[str]:
-    """The keys of the model that the location's last parent stands for."""
-    owners: Mapping[str, type[BaseModel]] = {"generation": GenerationSettings, "published": PublishedFigure}
-    if model is Recipe and parents:
-        return list(owners[parents[0]].model_fields)
-    return list(model.model_fields)
+    """The keys of the model that the location's parents lead to; of several kinds, those of the one that is named."""
+    owners = [model]
+    for part in parents:
+        inside = [kind for owner in owners if part in owner.model_fields for kind in _models_of(owner, part)]
+        named = [owner for owner in owners if any(part in get_args(f.annotation) for f in owner.model_fields.values())]
+        owners = inside or named or owners
+    return sorted({name for owner in owners for name in owner.model_fields})
+
+
+def _models_of(owner: type[BaseModel], field: str) -> list[type[BaseModel]]:
+    found: list[type[BaseModel]] = []
+    waiting: list[Any] = [owner.model_fields[field].annotation]
+    while waiting:
+        kind = waiting.pop()
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found.append(kind)
+        waiting += get_args(kind)
+    return found
 
 
 def _one_line(text: str) -> str:

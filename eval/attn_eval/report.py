@@ -103,7 +103,7 @@ def table_markdown(results: dict[str, Any]) -> str:
         f"- Seed {recipe['seed']}, {_search(recipe['generation'])}, "
         f"batch {recipe['batch_size']}, chat template {'on' if results['modes']['chat_template'] else 'off'}",
         "",
-        *_markdown_table(COLUMNS, [cells_of(metric) for metric in results["metrics"]]),
+        *markdown_table(COLUMNS, [cells_of(metric) for metric in results["metrics"]]),
         "",
         "Scores in percent. Difference: edited less baseline on the same samples, with its paired bootstrap interval; "
         "lost/won: samples that lost, or gained, the full score; McNemar p: exact, of those, "
@@ -116,7 +116,7 @@ def table_markdown(results: dict[str, Any]) -> str:
         lines += ["Notes:", "", *(f"- {note}" for note in results["notes"]), ""]
     if results["edit_reports"]:
         lines += ["## What the edits did", "", *_report_table(results["edit_reports"]), ""]
-    lines += ["## Published figures", "", *_published(recipe["published"]), ""]
+    lines += ["## Published figures", "", *published_table(recipe["published"]), ""]
     lines += ["## Time", "", *_timing_table(results), "", "## Data", ""]
     columns = ("task", "version", "samples", "data sha256", "source")
     rows = []
@@ -124,7 +124,7 @@ def table_markdown(results: dict[str, Any]) -> str:
         haystack = task["haystack"]
         text = f"{Path(haystack['name']).name} {haystack['sha256'][:12]}" if haystack else task["source"]
         rows.append([name, str(task["version"]), str(task["samples"]), task["data_sha256"][:12], text])
-    lines += [*_markdown_table(columns, rows), "", "## Made with", ""]
+    lines += [*markdown_table(columns, rows), "", "## Made with", ""]
     environment = results["environment"]
     versions = {"python": environment["python"], **environment["packages"]}
     lines.append(", ".join(f"{name} {version}" for name, version in versions.items() if version))
@@ -219,11 +219,12 @@ def _call(edit: dict[str, Any]) -> str:
     return f"{edit['method']}({given})"
 
 
-def _published(published: str | list[dict[str, Any]]) -> list[str]:
+def published_table(published: str | list[dict[str, Any]]) -> list[str]:
+    """A recipe's published figures as lines of Markdown."""
     if isinstance(published, str):
         return ["None for this model with these edits."]
     rows = [[str(figure[key]) for key in ("metric", "value", "source", "note")] for figure in published]
-    return _markdown_table(("metric", "value", "source", "note"), rows)
+    return markdown_table(("metric", "value", "source", "note"), rows)
 
 
 def _report_table(reports: Sequence[dict[str, Any]]) -> list[str]:
@@ -236,7 +237,7 @@ def _report_table(reports: Sequence[dict[str, Any]]) -> list[str]:
             rows.append(
                 [entry["task"], str(entry["samples"]), edit["method"], calls, layers, str(edit["heads"]), moved]
             )
-    return _markdown_table(("task", "samples", "edit", "calls", "layers", "heads", "mass moved"), rows)
+    return markdown_table(("task", "samples", "edit", "calls", "layers", "heads", "mass moved"), rows)
 
 
 def _timing_table(results: dict[str, Any]) -> list[str]:
@@ -248,10 +249,11 @@ def _timing_table(results: dict[str, Any]) -> list[str]:
                 [name, run, f"{timing['prefill_seconds']:.1f}", f"{timing['decode_seconds']:.1f}"]
                 + ["" if speed is None else f"{speed:.0f}" for speed in speeds]
             )
-    return _markdown_table(("task", "run", "prefill s", "decode s", "prefill tokens/s", "decode tokens/s"), rows)
+    return markdown_table(("task", "run", "prefill s", "decode s", "prefill tokens/s", "decode tokens/s"), rows)
 
 
-def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

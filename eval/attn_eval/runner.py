@@ -128,7 +128,7 @@ def run_recipe(
     runs = [BASELINE, EDITED] if edits else [BASELINE]
     started = time.perf_counter()
     resumed = sum(log.has(run, item.id) for run in runs for task in prepared for item in task.items)
-    with _progress(console) as progress:
+    with progress_bars(console) as progress:
         for task in prepared:
             for run in runs:
                 scope = attn_hooks.editing(model, *edits) if run == EDITED else nullcontext(model)
@@ -331,13 +331,13 @@ def _manifest(recipe: Recipe, model: Any, prepared: Sequence[PreparedTask], limi
         "recipe": recipe.fingerprint(),
         "baseline_recipe": recipe.baseline_fingerprint(),
         "sample_limit": limit,
-        "model_weights": _weights_fingerprint(model),
+        "model_weights": weights_fingerprint(model),
         "data": {task.settings.name: task.sha256 for task in prepared},
         "task_versions": {task.settings.name: task.settings.version for task in prepared},
     }
 
 
-def _weights_fingerprint(model: Any) -> str:
+def weights_fingerprint(model: Any) -> str:
     """A sha256 over every parameter's name, shape and first values: tells two checkpoints apart in no time."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -396,7 +396,7 @@ def _results(
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
             "baseline_attention": model.config._attn_implementation,
-            "weights_fingerprint": _weights_fingerprint(model),
+            "weights_fingerprint": weights_fingerprint(model),
             "revision": getattr(model.config, "_commit_hash", None),
         },
         "modes": {
@@ -443,7 +443,8 @@ def _source(task: TaskSettings) -> str:
     return f"data set {task.dataset}" if task.dataset else "published files"
 
 
-def _progress(console: Console) -> Progress:
+def progress_bars(console: Console) -> Progress:
+    """A bar a task: how many of how many, time gone and left."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

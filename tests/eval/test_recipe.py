@@ -12,7 +12,7 @@ import attn_hooks
 from attn_eval.errors import EvaluationError
 from attn_eval.recipe import Recipe, find_recipe, load_recipe
 
-SHIPPED = sorted(attn_hooks.recipes_dir().glob("**/*.yaml"))
+SHIPPED = sorted(attn_hooks.recipes_dir().glob("*/*.yaml"))
 FAMILIES = ("testbed-lm", "llama-3.1-8b", "qwen2.5-7b", "gemma-2-2b")
 METHODS = ("streaming", "power", "act", "sink_scale")
 SMALL: dict[str, Any] = {
