@@ -14,6 +14,7 @@ from attn_hooks.layout import ImageSpan, PatchGrid, TokenKind, TokenLayout
 from attn_hooks.methods.ablate import Ablate
 from attn_hooks.methods.act import ACT
 from attn_hooks.methods.agla import AGLA
+from attn_hooks.methods.anchor import AnchorAttention
 from attn_hooks.methods.damro import DAMRO
 from attn_hooks.methods.eah import EAH
 from attn_hooks.methods.head_affine import HeadAffine
@@ -55,6 +56,7 @@ __all__ = [
     "VCD",
     "VHR",
     "Ablate",
+    "AnchorAttention",
     "AttentionCall",
     "AttnHooksError",
     "BlipRelevance",

@@ -19,6 +19,7 @@ SHIPPED = {
     "ablate": "attn_hooks.methods.ablate:Ablate",
     "act": "attn_hooks.methods.act:ACT",
     "agla": "attn_hooks.methods.agla:AGLA",
+    "anchor": "attn_hooks.methods.anchor:AnchorAttention",
     "eah": "attn_hooks.methods.eah:EAH",
     "damro": "attn_hooks.methods.damro:DAMRO",
     "head_affine": "attn_hooks.methods.head_affine:HeadAffine",

@@ -29,7 +29,16 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attn_hooks import AttentionCall, Edit, PowerAttention, Streaming, TokenLayout, VerticalSlash, XAttention
+from attn_hooks import (
+    AnchorAttention,
+    AttentionCall,
+    Edit,
+    PowerAttention,
+    Streaming,
+    TokenLayout,
+    VerticalSlash,
+    XAttention,
+)
 from attn_kernels import AttentionInputs, KeyTiles, Sparsity, measure_recall
 from attn_kernels.patterns import Pattern
 from attn_kernels.sparse_attention.sparse_flash import sparse_flash
@@ -74,6 +83,11 @@ EDITS: dict[str, dict[str, Edit]] = {
         "1000 and 6096": VerticalSlash(vertical=1000, slash=6096),
         "1000 and 1000": VerticalSlash(vertical=1000, slash=1000),
         "300 and 200": VerticalSlash(vertical=300, slash=200),
+    },
+    "anchor": {
+        "theta 12": AnchorAttention(theta=12.0),
+        "theta 8": AnchorAttention(theta=8.0),
+        "theta 4": AnchorAttention(theta=4.0),
     },
 }
 RECALL_ROWS = 256

@@ -56,6 +56,11 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"vertical": 300, "slash": 300},
         {"vertical": 1000, "slash": 1000},
     ),
+    "anchor": (
+        {"block": 64, "step": 8, "theta": 4.0},
+        {"block": 64, "step": 8, "theta": 8.0},
+        {"block": 64, "step": 8, "theta": 12.0},
+    ),
     "xattention": (
         {"block": 64, "stride": 8, "threshold": 0.5},
         {"block": 64, "stride": 8, "threshold": 0.8},

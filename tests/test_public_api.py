@@ -29,6 +29,7 @@ ATTN_HOOKS = {
     "VerticalSlash",
     "XAttention",
     "Ablate",
+    "AnchorAttention",
     "AttentionCall",
     "AttnHooksError",
     "BlipRelevance",

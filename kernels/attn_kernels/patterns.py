@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from attn_kernels.inputs import AttentionInputs, Rows
 
@@ -65,6 +66,20 @@ class PowerOfTwoBlocks:
 
 
 @dataclass(frozen=True)
+class Stripes:
+    """Single keys that consecutive tiles of queries visit together.
+
+    Attributes:
+        kept: ``(b, h, G, M)`` bool: group g has the tiles from ``g * tiles`` on. Only keys count that lie before the group's
+            first query, and in no key tile that one of its tiles has chosen.
+        tiles: tiles of queries in a group.
+    """
+
+    kept: Tensor
+    tiles: int
+
+
+@dataclass(frozen=True)
 class KeyTiles:
     """Which tiles of keys each tile of queries visits in one call, and which single keys.
 
@@ -77,13 +92,13 @@ class KeyTiles:
         query_tile: rows of a tile: tile t has the call's queries from ``t * query_tile`` on.
         key_tile: keys of a tile: tile s has the keys from ``s * key_tile`` on.
         columns: ``(b, h, C)`` int64, or None: single keys that every tile of queries visits which lies behind them as a whole; what
-            is nearer has its tiles. Without repetition; numbers from M on stand for no key.
+            is nearer has its tiles. Without repetition; numbers from M on stand for no key. Or ``Stripes``.
     """
 
     chosen: Tensor
     query_tile: int
     key_tile: int
-    columns: Tensor | None = None
+    columns: Tensor | Stripes | None = None
 
     def shown(self, inputs: AttentionInputs, rows: Rows) -> Tensor:
         """``(B|1, h, n, M)`` bool for some of the call's queries."""
@@ -104,6 +119,14 @@ class KeyTiles:
             shown = shown | (inputs.key_index > inputs.query_index[rows, None])
         if self.columns is None:
             return shown
+        if isinstance(self.columns, Stripes):
+            stripes, group = self.single_keys(inputs), of_query // self.columns.tiles
+            return shown | torch.stack(
+                [
+                    stripes[sample % len(stripes)][:, group[sample % len(group)]][..., key[sample % len(key)]]
+                    for sample in range(max(samples, len(stripes)))
+                ]
+            )
         batch, heads, _ = self.columns.shape
         is_column = torch.zeros(batch, heads, inputs.num_keys + 1, dtype=torch.bool, device=device)
         is_column = is_column.scatter_(2, self.columns.clamp(max=inputs.num_keys), True)
@@ -120,10 +143,27 @@ class KeyTiles:
         chosen = self.chosen.expand(samples, -1, -1, -1)
         place = tile.transpose(1, 2).expand(samples, chosen.shape[1], 1, chosen.shape[3])
         columns = self.columns
-        if columns is not None:
+        if isinstance(columns, Stripes):
+            kept = self.single_keys(inputs)
+            group = tile // columns.tiles
+            kept = kept.expand(max(len(kept), samples), -1, -1, -1)
+            kept = kept.gather(2, group.transpose(1, 2).expand(len(kept), kept.shape[1], 1, kept.shape[3]))
+            columns = Stripes(kept, columns.tiles)
+        elif columns is not None:
             first = self._first_of_tile(tile[:, 0, 0], inputs)[:, None]
             columns = torch.where(columns < first, columns, inputs.num_keys)
         return KeyTiles(chosen.gather(2, place), self.query_tile, self.key_tile, columns)
+
+    def single_keys(self, inputs: AttentionInputs) -> Tensor:
+        """``(b, h, G, M)`` bool: the stripes that count."""
+        assert isinstance(self.columns, Stripes)
+        kept, tiles = self.columns.kept, self.columns.tiles
+        groups = kept.shape[2]
+        in_tile = functional.pad(self.chosen, (0, 0, 0, groups * tiles - self.chosen.shape[2]))
+        in_tile = in_tile.unflatten(2, (groups, tiles)).any(3).repeat_interleave(self.key_tile, -1)
+        first = self._first_of_tile(torch.arange(groups, device=kept.device)[None] * tiles, inputs)
+        behind = torch.arange(kept.shape[3], device=kept.device) < first[:, None, :, None]
+        return kept & behind & ~in_tile[..., : kept.shape[3]]
 
     def _first_of_tile(self, tile: Tensor, inputs: AttentionInputs) -> Tensor:
         """Positions, from the first real key on, of the first queries of tiles ``(B|1, n)``."""

@@ -157,7 +157,7 @@ def test_explain_and_inspect_change_nothing() -> None:
         *(
             edit
             for name, edit in ACTING_EDITS.items()
-            if name not in ("power", "trishape", "vertical_slash", "xattention")
+            if name not in ("anchor", "power", "trishape", "vertical_slash", "xattention")
         ),
     )
     attn_hooks.inspect_model(model).refusals()

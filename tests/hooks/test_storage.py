@@ -18,7 +18,9 @@ OFFSET = torch.randn(NUM_LAYERS, NUM_HEADS, HEAD_DIM, generator=torch.Generator(
 SAVED: dict[str, tuple[Edit, ...]] = {
     **{name: (edit,) for name, edit in ACTING_EDITS.items()},
     "all at once": tuple(
-        edit for name, edit in ACTING_EDITS.items() if name not in ("power", "trishape", "vertical_slash", "xattention")
+        edit
+        for name, edit in ACTING_EDITS.items()
+        if name not in ("anchor", "power", "trishape", "vertical_slash", "xattention")
     ),
     "gain and offset": (HeadAffine(gain=gain_at(0, 1, 2.0), offset=OFFSET),),
     "two of one method": (HeadAffine(gain=gain_at(0, 1, 2.0)), HeadAffine(offset=OFFSET)),

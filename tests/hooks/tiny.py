@@ -13,6 +13,7 @@ from attn_hooks import (
     ITI,
     PASTA,
     Ablate,
+    AnchorAttention,
     Edit,
     HeadAffine,
     LoFiT,
@@ -96,6 +97,7 @@ def gain_at(layer: int, head: int, value: float) -> Tensor:
 ACTING_EDITS: dict[str, Edit] = {
     "ablate": Ablate(heads={1: [3, 6]}),
     "act": ACT(beta=0.1, alpha=1.05, heads={2: [1, 4], 1: [0]}),
+    "anchor": AnchorAttention(theta=-100.0, block=2, step=2),
     "head_affine": HeadAffine(gain=gain_at(2, 5, 3.0)),
     "iti": ITI(heads={0: [1], 2: [6]}, direction=torch.eye(2, HEAD_DIM), sigma=torch.tensor([0.2, 0.1])),
     "lofit": LoFiT(heads={1: [2], 3: [5]}, offset=torch.linspace(-1, 1, 2 * HEAD_DIM).view(2, HEAD_DIM)),

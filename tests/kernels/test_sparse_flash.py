@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from attn_hooks.last_row import in_last_row, last_row_of
 from attn_kernels import AttentionInputs, KeyTiles, PowerOfTwoBlocks, SinkAndWindow, Sparsity
-from attn_kernels.patterns import Pattern, first_real_key
+from attn_kernels.patterns import Pattern, Stripes, first_real_key
 from attn_kernels.sparse_attention.sparse_flash import sparse_flash
 from attn_kernels.sparse_attention.visits import Lists, Visits, lists_of, visits_of
 from tests.kernels.triton_device import DEVICE, on_device
@@ -178,6 +180,31 @@ def test_chosen_tiles_and_columns_equal_their_mask(
     visible = inputs.visible(slice(0, inputs.num_queries)) & shown
     compare(inputs, found, expected(inputs, visible.expand(-1, inputs.num_heads, -1, -1)))
     last = in_last_row(Sparsity(tiles), inputs)
+    assert isinstance(last, Sparsity)
+    of_last_row = last.shown(last_row_of(inputs), slice(0, 1)) & inputs.key_valid[:, None, None]
+    assert torch.equal(of_last_row, (shown & inputs.key_valid[:, None, None])[:, :, -1:].expand_as(of_last_row))
+
+
+@given(padded_calls(), st.booleans(), st.floats(0, 1), st.floats(0, 1), st.integers(1, 3), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_stripes_of_some_tiles_equal_their_mask(
+    case: tuple[AttentionInputs, Tensor | None], by_head: bool, share: float, kept_share: float, tiles: int, seed: int
+) -> None:
+    """Drawn without regard to what the model hides, to causality and to the tiles."""
+    inputs, first_keys = replace(case[0], window=None), case[1]
+    number_of_tiles = -(-inputs.num_queries // SMALL[0])
+    shape = (inputs.query.shape[0], inputs.num_heads if by_head else 1)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(*shape, number_of_tiles, -(-inputs.num_keys // SMALL[1]), generator=generator) < share
+    kept = torch.rand(*shape, -(-number_of_tiles // tiles), inputs.num_keys, generator=generator) < kept_share
+    key_tiles = KeyTiles(chosen.to(DEVICE), *SMALL[:2], Stripes(kept.to(DEVICE), tiles))
+    visits = visits_of(key_tiles, inputs, first_keys)
+    assert visits.counted(inputs).max() <= 1
+    found = sparse_flash(inputs, visits, first_keys=first_keys, with_log_sum_exp=True, config=SMALL)
+    shown = Sparsity(key_tiles).shown(inputs, slice(0, inputs.num_queries))
+    visible = inputs.visible(slice(0, inputs.num_queries)) & shown
+    compare(inputs, found, expected(inputs, visible.expand(-1, inputs.num_heads, -1, -1)))
+    last = in_last_row(Sparsity(key_tiles), inputs)
     assert isinstance(last, Sparsity)
     of_last_row = last.shown(last_row_of(inputs), slice(0, 1)) & inputs.key_valid[:, None, None]
     assert torch.equal(of_last_row, (shown & inputs.key_valid[:, None, None])[:, :, -1:].expand_as(of_last_row))

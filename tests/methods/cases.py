@@ -15,6 +15,7 @@ from attn_hooks import (
     SPIN,
     VAR,
     Ablate,
+    AnchorAttention,
     Edit,
     HeadAffine,
     LoFiT,
@@ -52,6 +53,12 @@ class Case:
 CASES = [
     Case(Ablate(heads=((1, 2), (3, 0))), None),
     Case(ACT(beta=0.1, alpha=1.1), ACT(beta=1.0, alpha=1.1), frozen_on_prompt=True, chunks=False),
+    Case(
+        AnchorAttention(theta=-100.0, block=2, step=2),
+        AnchorAttention(sink_blocks=500, block=2, step=2),
+        frozen_on_prompt=True,
+        chunks=False,
+    ),
     Case(EAH(threshold=1e-6, layers=(1, 2)), EAH(threshold=1.0), frozen_on_prompt=True, chunks=False),
     Case(HeadAffine(gain=GAIN, offset=OFFSET), HeadAffine(gain=torch.ones_like(GAIN), offset=torch.zeros_like(OFFSET))),
     Case(

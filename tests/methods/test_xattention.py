@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import attn_hooks
-from attn_hooks import AttentionCall, Edit, VerticalSlash, XAttention, engine
+from attn_hooks import AnchorAttention, AttentionCall, Edit, VerticalSlash, XAttention, engine
 from attn_hooks.methods.xattention import antidiagonal_mass, forced_blocks, heaviest
 from attn_kernels import AttentionInputs, KeyTiles, Sparsity
 from tests.hooks import vlms
@@ -221,6 +221,7 @@ def test_a_block_that_is_no_multiple_of_the_stride_is_refused() -> None:
 @pytest.mark.parametrize(
     "edit",
     [
+        AnchorAttention(theta=-100.0, block=2, step=1),
         XAttention(threshold=0.0, stride=1, block=2),
         VerticalSlash(vertical=1, slash=2, first=1, nearest=1, last=2, query_block=2, block=2),
     ],

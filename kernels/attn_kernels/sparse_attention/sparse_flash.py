@@ -222,6 +222,7 @@ def _sparse_flash(
     column_b,
     column_h,
     column_heads,
+    column_tiles,
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_PADDING: tl.constexpr,
@@ -365,7 +366,8 @@ def _sparse_flash(
                 logits, scale, value_tile, accumulator, total, highest, PRECISION
             )
     if HAS_COLUMNS:
-        of_tile = column_begin + batch * column_b + (head * column_heads // num_heads) * column_h + row_tile
+        of_tile = column_begin + batch * column_b + (head * column_heads // num_heads) * column_h
+        of_tile += row_tile // column_tiles
         begin = tl.load(of_tile)
         stop = tl.load(of_tile + 1)
         whole_stop = begin + (stop - begin) // BLOCK_M * BLOCK_M
@@ -522,6 +524,7 @@ def sparse_flash(
                     else (entry.begin, entry.pool, *strides_of(entry.begin), entry.begin.shape[1])
                 )
             ),
+            1 if lists["columns"] is None else lists["columns"].tiles,
         ),
         {
             "CAUSAL": inputs.causal,

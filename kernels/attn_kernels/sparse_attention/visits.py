@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from attn_kernels.inputs import AttentionInputs
-from attn_kernels.patterns import KeyTiles, first_real_key
+from attn_kernels.patterns import KeyTiles, Stripes, first_real_key
+
+# Places of so many keys in lists are in memory at once.
+MOST_PLACES = 2**26
 
 
 @dataclass(frozen=True)
 class Lists:
-    """One list for each sample, head and tile of queries, one after the other in a pool.
+    """One list for each sample, head and tile of queries, or so many ``tiles`` together, one after the other in a pool.
 
     Attributes:
         begin: ``(b, h, tiles + 1)`` int32 or int64: where each list begins in the pool, and where the last one ends. ``b`` is B
@@ -23,6 +26,7 @@ class Lists:
 
     begin: Tensor
     pool: Tensor
+    tiles: int = 1
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Visits:
         key_tile: keys of a tile; tile j has the keys from ``j * key_tile`` on.
         whole: numbers of key tiles that every query of the tile sees in full. None: there are no such lists.
         part: numbers of key tiles of which each query sees what causality, padding and the window leave.
-        columns: single keys that every query of the tile sees.
+        columns: single keys that every query of the tile sees; the only lists that tiles may share.
     """
 
     query_tile: int
@@ -66,7 +70,8 @@ class Visits:
                     of_head = h * begin.shape[1] // heads
                     for t in range(begin.shape[2] - 1):
                         first, stop = begin[b % begin.shape[0], of_head, t : t + 2].tolist()
-                        rows = slice(first_row + t * self.query_tile, first_row + (t + 1) * self.query_tile)
+                        size_of_rows = lists.tiles * self.query_tile
+                        rows = slice(first_row + t * size_of_rows, first_row + (t + 1) * size_of_rows)
                         for entry in pool[first:stop].tolist():
                             count[b, h, rows, first_key + entry * size : first_key + (entry + 1) * size] += 1
         return count.to(inputs.query.device)
@@ -99,7 +104,10 @@ def visits_of(tiles: KeyTiles, inputs: AttentionInputs, first_keys: Tensor | Non
     whole = _lists_without_waiting(tiles.chosen & in_full, numbers)
     part = _lists_without_waiting(tiles.chosen & seen & ~in_full, numbers)
     columns = None
-    if tiles.columns is not None:
+    if isinstance(tiles.columns, Stripes):
+        stripes = tiles.single_keys(inputs)
+        columns = _lists_without_waiting(stripes, torch.arange(stripes.shape[3], device=device), tiles.columns.tiles)
+    elif tiles.columns is not None:
         # From the first real key on, as columns are.
         row = first_row[None, None] if first_keys is None else first_row - first_keys[:, None, None, None]
         column = tiles.columns[:, :, None, :]
@@ -111,17 +119,23 @@ def visits_of(tiles: KeyTiles, inputs: AttentionInputs, first_keys: Tensor | Non
     return Visits(tiles.query_tile, tiles.key_tile, whole, part, columns)
 
 
-def _lists_without_waiting(chosen: Tensor, entries: Tensor) -> Lists:
+def _lists_without_waiting(chosen: Tensor, entries: Tensor, tiles: int = 1) -> Lists:
     """As ``lists_of``, of ``entries`` broadcast over ``chosen``, in a pool that would hold every one."""
     size = chosen.numel()
     ends = chosen.sum(-1).flatten().cumsum(0)
     begin = torch.cat([ends.new_zeros(1), ends])
-    place = begin[:-1].view(chosen.shape[:-1])[..., None] + chosen.cumsum(-1) - 1
+    before = begin[:-1].view(chosen.shape[:-1])
     entry = entries.to(torch.int32).expand(chosen.shape)
-    # What is not chosen goes to a place of its own behind all lists.
     pool = torch.empty(size + 1, dtype=torch.int32, device=chosen.device)
-    pool.scatter_(0, torch.where(chosen, place, size).flatten(), entry.flatten())
-    return Lists(begin[_places_of_begin(chosen)].contiguous(), pool)
+    # The places of all heads at once could be larger than their keys and values.
+    at_once = max(1, MOST_PLACES * chosen.shape[1] // max(1, size))
+    for first in range(0, chosen.shape[1], at_once):
+        heads = slice(first, first + at_once)
+        place = before[:, heads, :, None] + chosen[:, heads].cumsum(-1) - 1
+        # What is not chosen goes to a place of its own behind all lists.
+        place = torch.where(chosen[:, heads], place, size)
+        pool.scatter_(0, place.flatten(), entry[:, heads].flatten())
+    return Lists(begin[_places_of_begin(chosen)].contiguous(), pool, tiles)
 
 
 def _places_of_begin(chosen: Tensor) -> Tensor:
