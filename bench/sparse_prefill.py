@@ -122,15 +122,16 @@ def random_visits(inputs: AttentionInputs, kind: str, share: float) -> tuple[Vis
         chosen = torch.rand(1, inputs.num_heads, *past.shape, device=device, generator=generator) < share
         whole = lists_of(chosen & past)
         return Visits(QUERY_TILE, KEY_TILE, whole, part), pairs + len(whole.pool) * QUERY_TILE * KEY_TILE
-    begins, pools, size = [], [], 0
+    begins, stops, pools, size = [], [], [], 0
     # Key and value head by head: the mask of all would not fit.
     for _ in range(inputs.key.shape[1]):
         chosen = torch.rand(len(rows), length, device=device, generator=generator) < share
         of_head = lists_of((chosen & (inputs.key_index < rows[:, None]))[None, None])
         begins.append(of_head.begin + size)
+        stops.append(of_head.stop + size)
         pools.append(of_head.pool)
         size += len(of_head.pool)
-    columns = Lists(torch.cat(begins, 1), torch.cat(pools))
+    columns = Lists(torch.cat(begins, 1), torch.cat(stops, 1), torch.cat(pools))
     group = inputs.num_heads // inputs.key.shape[1]
     return Visits(QUERY_TILE, KEY_TILE, part=part, columns=columns), pairs + size * group * QUERY_TILE
 

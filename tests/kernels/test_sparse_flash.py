@@ -301,11 +301,17 @@ def test_some_heads_leave_the_others_output() -> None:
     assert (output[:, [0, 2]] == 3.0).all()
 
 
+def list_of(entry: int) -> Lists:
+    return Lists(
+        *(torch.tensor([[[place]]], dtype=torch.int32) for place in (0, 1)), torch.tensor([entry], dtype=torch.int32)
+    )
+
+
 def test_lists_that_overlap_are_told() -> None:
     """What the oracle counts: a tile and a column of it are the same key twice."""
     inputs = plain_call(16, 16, 8)
-    tile = Lists(torch.tensor([[[0, 1]]], dtype=torch.int32), torch.tensor([0], dtype=torch.int32))
-    column = Lists(torch.tensor([[[0, 1]]], dtype=torch.int32), torch.tensor([3], dtype=torch.int32))
+    tile = list_of(0)
+    column = list_of(3)
     counted = Visits(16, 16, part=tile, columns=column).counted(inputs)
     assert counted[..., 3].eq(2).all()
     assert counted.sum() == 4 * 16 * 17

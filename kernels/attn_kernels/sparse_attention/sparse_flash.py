@@ -208,16 +208,19 @@ def _sparse_flash(
     second_parameter,
     third_parameter,
     whole_begin,
+    whole_stop,
     whole_pool,
     whole_b,
     whole_h,
     whole_heads,
     part_begin,
+    part_stop,
     part_pool,
     part_b,
     part_h,
     part_heads,
     column_begin,
+    column_stop,
     column_pool,
     column_b,
     column_h,
@@ -354,9 +357,9 @@ def _sparse_flash(
 
     scale = 1.0 if HAS_SOFTCAP else scaling * LOG2_E
     if HAS_WHOLE:
-        of_tile = whole_begin + batch * whole_b + (head * whole_heads // num_heads) * whole_h + row_tile
-        begin = tl.load(of_tile)
-        stop = tl.load(of_tile + 1)
+        of_tile = batch * whole_b + (head * whole_heads // num_heads) * whole_h + row_tile
+        begin = tl.load(whole_begin + of_tile)
+        stop = tl.load(whole_stop + of_tile)
         for entry in tl.range(begin, stop, num_stages=STAGES):
             first = tl.load(whole_pool + entry).to(tl.int64) * BLOCK_M + first_key
             key_tile = load_whole_tile(key_base + first * k_m, in_m * k_m, in_d, D, BLOCK_D, True)
@@ -366,10 +369,9 @@ def _sparse_flash(
                 logits, scale, value_tile, accumulator, total, highest, PRECISION
             )
     if HAS_COLUMNS:
-        of_tile = column_begin + batch * column_b + (head * column_heads // num_heads) * column_h
-        of_tile += row_tile // column_tiles
-        begin = tl.load(of_tile)
-        stop = tl.load(of_tile + 1)
+        of_tile = batch * column_b + (head * column_heads // num_heads) * column_h + row_tile // column_tiles
+        begin = tl.load(column_begin + of_tile)
+        stop = tl.load(column_stop + of_tile)
         whole_stop = begin + (stop - begin) // BLOCK_M * BLOCK_M
         for entry in tl.range(begin, whole_stop, BLOCK_M, num_stages=STAGES):
             keys = tl.load(column_pool + entry + in_m).to(tl.int64) + first_key
@@ -390,9 +392,9 @@ def _sparse_flash(
                 logits, scale, value_tile, accumulator, total, highest, PRECISION
             )
     if HAS_PART:
-        of_tile = part_begin + batch * part_b + (head * part_heads // num_heads) * part_h + row_tile
-        begin = tl.load(of_tile)
-        stop = tl.load(of_tile + 1)
+        of_tile = batch * part_b + (head * part_heads // num_heads) * part_h + row_tile
+        begin = tl.load(part_begin + of_tile)
+        stop = tl.load(part_stop + of_tile)
         for entry in tl.range(begin, stop, num_stages=PART_STAGES):
             keys = tl.load(part_pool + entry) * BLOCK_M + in_m + first_key
             inside = keys < num_keys
@@ -519,9 +521,9 @@ def sparse_flash(
                 argument
                 for entry in lists.values()
                 for argument in (
-                    (None, None, 0, 0, 0)
+                    (None, None, None, 0, 0, 0)
                     if entry is None
-                    else (entry.begin, entry.pool, *strides_of(entry.begin), entry.begin.shape[1])
+                    else (entry.begin, entry.stop, entry.pool, *strides_of(entry.begin), entry.begin.shape[1])
                 )
             ),
             1 if lists["columns"] is None else lists["columns"].tiles,

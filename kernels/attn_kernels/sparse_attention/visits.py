@@ -9,9 +9,7 @@ from torch import Tensor
 
 from attn_kernels.inputs import AttentionInputs
 from attn_kernels.patterns import KeyTiles, Stripes, first_real_key
-
-# Places of so many keys in lists are in memory at once.
-MOST_PLACES = 2**26
+from attn_kernels.sparse_attention.fill_lists import fill_lists
 
 
 @dataclass(frozen=True)
@@ -19,12 +17,14 @@ class Lists:
     """One list for each sample, head and tile of queries, or so many ``tiles`` together, one after the other in a pool.
 
     Attributes:
-        begin: ``(b, h, tiles + 1)`` int32 or int64: where each list begins in the pool, and where the last one ends. ``b`` is B
-            or 1; ``h`` is the number of query heads, of key and value heads, or 1.
+        begin: ``(b, h, tiles)`` int32 or int64: where each list begins in the pool. ``b`` is B or 1; ``h`` is the number of
+            query heads, of key and value heads, or 1.
+        stop: where it ends, of the same shape, type and strides.
         pool: ``(n,)`` int32.
     """
 
     begin: Tensor
+    stop: Tensor
     pool: Tensor
     tiles: int = 1
 
@@ -63,83 +63,45 @@ class Visits:
         for lists, size in ((self.whole, self.key_tile), (self.part, self.key_tile), (self.columns, 1)):
             if lists is None:
                 continue
-            begin, pool = lists.begin.cpu(), lists.pool.cpu()
+            begin, stop, pool = lists.begin.cpu(), lists.stop.cpu(), lists.pool.cpu()
             for b, first_key in enumerate(first_keys):
                 first_row = max(0, first_key - inputs.query_offset)
                 for h in range(heads):
                     of_head = h * begin.shape[1] // heads
-                    for t in range(begin.shape[2] - 1):
-                        first, stop = begin[b % begin.shape[0], of_head, t : t + 2].tolist()
-                        size_of_rows = lists.tiles * self.query_tile
+                    size_of_rows = lists.tiles * self.query_tile
+                    for t in range(begin.shape[2]):
+                        list_of_tile = (b % begin.shape[0], of_head, t)
                         rows = slice(first_row + t * size_of_rows, first_row + (t + 1) * size_of_rows)
-                        for entry in pool[first:stop].tolist():
+                        for entry in pool[begin[list_of_tile] : stop[list_of_tile]].tolist():
                             count[b, h, rows, first_key + entry * size : first_key + (entry + 1) * size] += 1
         return count.to(inputs.query.device)
 
 
 def lists_of(chosen: Tensor) -> Lists:
     """From a mask ``(b, h, tiles, entries)`` bool: the places where it holds. Waits for the device."""
-    counts = chosen.sum(-1).flatten()
-    ends = counts.cumsum(0)
-    begin = torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
-    return Lists(begin[_places_of_begin(chosen)].contiguous(), chosen.nonzero()[:, -1].to(torch.int32))
+    counts = chosen.sum(-1)
+    ends = counts.flatten().cumsum(0)
+    stop = ends.view(counts.shape).to(torch.int32)
+    return Lists(stop - counts.to(torch.int32), stop, chosen.nonzero()[:, -1].to(torch.int32))
 
 
 def visits_of(tiles: KeyTiles, inputs: AttentionInputs, first_keys: Tensor | None) -> Visits:
     """The lists of chosen tiles, without those that causality, padding on the left (``first_keys`` ``(B,)``) and the window hide
     in full. Does not wait for the device."""
-    device, offset = inputs.query.device, inputs.query_offset
-    number_of_tiles, number_of_key_tiles = tiles.chosen.shape[2:]
-    first_row = offset + torch.arange(number_of_tiles, device=device)[:, None] * tiles.query_tile
-    first = torch.arange(number_of_key_tiles, device=device)[None, :] * tiles.key_tile
-    if first_keys is not None:
-        begin = first_keys[:, None, None, None]
-        first_row, first = first_row + (begin - offset).clamp(min=0), first + begin
-    last_row = (first_row + tiles.query_tile - 1).clamp(max=offset + inputs.num_queries - 1)
-    last = first + tiles.key_tile - 1
-    seen, in_full = first <= last_row, (last <= first_row) & (last < inputs.num_keys)
-    if inputs.window is not None:
-        seen, in_full = seen & (last > first_row - inputs.window), in_full & (first > last_row - inputs.window)
-    numbers = torch.arange(number_of_key_tiles, device=device)
-    whole = _lists_without_waiting(tiles.chosen & in_full, numbers)
-    part = _lists_without_waiting(tiles.chosen & seen & ~in_full, numbers)
-    columns = None
-    if isinstance(tiles.columns, Stripes):
-        stripes = tiles.single_keys(inputs)
-        columns = _lists_without_waiting(stripes, torch.arange(stripes.shape[3], device=device), tiles.columns.tiles)
-    elif tiles.columns is not None:
-        # From the first real key on, as columns are.
-        row = first_row[None, None] if first_keys is None else first_row - first_keys[:, None, None, None]
-        column = tiles.columns[:, :, None, :]
-        samples, heads = max(len(tiles.chosen), len(column), len(row)), max(tiles.chosen.shape[1], column.shape[1])
-        place = (column // tiles.key_tile).clamp(max=number_of_key_tiles - 1)
-        place = place.expand(samples, heads, number_of_tiles, -1)
-        has_tile = tiles.chosen.expand(samples, heads, -1, -1).gather(-1, place)
-        columns = _lists_without_waiting(~has_tile & (column < row) & (column < inputs.num_keys), column)
-    return Visits(tiles.query_tile, tiles.key_tile, whole, part, columns)
-
-
-def _lists_without_waiting(chosen: Tensor, entries: Tensor, tiles: int = 1) -> Lists:
-    """As ``lists_of``, of ``entries`` broadcast over ``chosen``, in a pool that would hold every one."""
-    size = chosen.numel()
-    ends = chosen.sum(-1).flatten().cumsum(0)
-    begin = torch.cat([ends.new_zeros(1), ends])
-    before = begin[:-1].view(chosen.shape[:-1])
-    entry = entries.to(torch.int32).expand(chosen.shape)
-    pool = torch.empty(size + 1, dtype=torch.int32, device=chosen.device)
-    # The places of all heads at once could be larger than their keys and values.
-    at_once = max(1, MOST_PLACES * chosen.shape[1] // max(1, size))
-    for first in range(0, chosen.shape[1], at_once):
-        heads = slice(first, first + at_once)
-        place = before[:, heads, :, None] + chosen[:, heads].cumsum(-1) - 1
-        # What is not chosen goes to a place of its own behind all lists.
-        place = torch.where(chosen[:, heads], place, size)
-        pool.scatter_(0, place.flatten(), entry[:, heads].flatten())
-    return Lists(begin[_places_of_begin(chosen)].contiguous(), pool, tiles)
-
-
-def _places_of_begin(chosen: Tensor) -> Tensor:
-    """``(b, h, tiles + 1)``: where each list's beginning, and the last one's end, stand in all of them one after the other."""
-    batch, heads, tiles = chosen.shape[:3]
-    rows = torch.arange(batch * heads, device=chosen.device).view(batch, heads, 1)
-    return rows * tiles + torch.arange(tiles + 1, device=chosen.device)
+    of_call = (inputs.num_queries, inputs.num_keys, inputs.query_offset, inputs.window, first_keys)
+    stripes = tiles.columns if isinstance(tiles.columns, Stripes) else None
+    single = None if stripes is not None else tiles.columns
+    bounds, whole, part, columns = fill_lists(tiles.chosen, single, tiles.query_tile, tiles.key_tile, *of_call)
+    of_columns = None if columns is None else Lists(bounds[2], bounds[5], columns)
+    if stripes is not None:
+        # Keys are tiles of one, which all queries of a group see in full.
+        rows = stripes.tiles * tiles.query_tile
+        of_groups, shared, _, _ = fill_lists(tiles.single_keys(inputs), None, rows, 1, *of_call)
+        of_columns = Lists(of_groups[0], of_groups[3], shared, stripes.tiles)
+    return Visits(
+        tiles.query_tile,
+        tiles.key_tile,
+        Lists(bounds[0], bounds[3], whole),
+        Lists(bounds[1], bounds[4], part),
+        of_columns,
+    )
