@@ -25,6 +25,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
+from attn_hooks import engine
 from attn_hooks.call import AttentionCall
 from attn_hooks.edit import Edit, Heads, Layers, Positive, Reads, Scope, Writes
 from attn_kernels import AttentionInputs, KeyTiles, Primitive, Sparsity
@@ -79,13 +80,38 @@ class VerticalSlash(Edit):
             reason = "keys are chosen in a prompt's first forward. Give it in one, or set later_tokens='dense'."
             raise self.refuse_phase(call, reason)
         with torch.no_grad():
-            columns, diagonals = column_and_diagonal_mass(call.inputs, self.last)
-            columns[..., : self.first] = torch.inf
-            diagonals[..., : self.nearest] = torch.inf
-            kept = columns.topk(self.vertical).indices.sort(-1).values
-            tiles = crossed_tiles(diagonals.topk(self.slash).indices, call.inputs, self.query_block, self.block)
-        pattern = KeyTiles(tiles, self.query_block, self.block, kept)
+            pattern = (self._by_kernels if _knows_kernels(call.inputs) else self._chosen)(call.inputs)
         return [Sparsity(pattern, heads=call.select_heads(self.heads))]
+
+    def _chosen(self, inputs: AttentionInputs) -> KeyTiles:
+        columns, diagonals = self._with_what_is_kept(*column_and_diagonal_mass(inputs, self.last))
+        kept = columns.topk(self.vertical).indices.sort(-1).values
+        tiles = crossed_tiles(diagonals.topk(self.slash).indices, inputs, self.query_block, self.block)
+        return KeyTiles(tiles, self.query_block, self.block, kept)
+
+    def _by_kernels(self, inputs: AttentionInputs) -> KeyTiles:
+        """The same; of equal sums the first."""
+        from attn_kernels.sparse_attention.heaviest import heaviest_places
+        from attn_kernels.sparse_attention.last_rows import column_and_diagonal_sums, crossed_by
+
+        last = min(self.last, inputs.num_queries)
+        settings = (inputs.query_offset, inputs.scaling, inputs.softcap, inputs.window)
+        columns, diagonals = self._with_what_is_kept(
+            *column_and_diagonal_sums(inputs.query, inputs.key, last, *settings)
+        )
+        sizes = (inputs.num_queries, inputs.num_keys, inputs.query_offset, self.query_block, self.block)
+        tiles = crossed_by(heaviest_places(diagonals, self.slash), *sizes)
+        return KeyTiles(tiles, self.query_block, self.block, heaviest_places(columns, self.vertical))
+
+    def _with_what_is_kept(self, columns: Tensor, diagonals: Tensor) -> tuple[Tensor, Tensor]:
+        columns[..., : self.first] = torch.inf
+        diagonals[..., : self.nearest] = torch.inf
+        return columns, diagonals
+
+
+def _knows_kernels(inputs: AttentionInputs) -> bool:
+    plain = inputs.causal and not inputs.padded and inputs.mask is None and inputs.bias is None
+    return plain and engine.has_kernels(inputs)
 
 
 def column_and_diagonal_mass(inputs: AttentionInputs, last: int) -> tuple[Tensor, Tensor]:

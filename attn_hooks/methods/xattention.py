@@ -73,7 +73,8 @@ class XAttention(Edit):
             raise self.refuse_phase(call, reason)
         with torch.no_grad():
             mass = antidiagonal_mass(call.inputs, self.stride, self.block)
-            chosen = heaviest(mass, forced_blocks(call.inputs, self.block), self.threshold)
+            choose = heaviest_by_kernel if engine.has_kernels(call.inputs) else heaviest
+            chosen = choose(mass, forced_blocks(call.inputs, self.block), self.threshold)
         return [Sparsity(KeyTiles(chosen, self.block, self.block), heads=call.select_heads(self.heads))]
 
 
@@ -81,12 +82,12 @@ def antidiagonal_mass(inputs: AttentionInputs, stride: int, block: int) -> Tenso
     """m ``(B, H, T, U)`` float32 of query blocks and key blocks, counted from each sample's first real token; 0 in blocks that no
     query of the block sees."""
     batch, heads, kv_heads = inputs.query.shape[0], inputs.num_heads, inputs.key.shape[1]
-    first_key, first_row = _first_key_and_row(inputs)
-    is_key, is_query = inputs.key_valid.expand(batch, -1), inputs.query_valid.expand(batch, -1)
     if engine.has_kernels(inputs):
-        found = _on_the_device(inputs, stride, block, first_key, first_row)
+        found = _on_the_device(inputs, stride, block)
         if found is not None:
             return found
+    first_key, first_row = _first_key_and_row(inputs)
+    is_key, is_query = inputs.key_valid.expand(batch, -1), inputs.query_valid.expand(batch, -1)
     key = _runs(_from_place(inputs.key.masked_fill(~is_key[:, None, :, None], 0), first_key, inputs), stride, block)
     # Scaled before: in float16 the sums could overflow.
     query = _from_place(inputs.query * (inputs.scaling / stride), first_row, inputs)
@@ -116,9 +117,7 @@ def antidiagonal_mass(inputs: AttentionInputs, stride: int, block: int) -> Tenso
     return torch.cat(found, dim=2)
 
 
-def _on_the_device(
-    inputs: AttentionInputs, stride: int, block: int, first_key: Tensor, first_row: Tensor
-) -> Tensor | None:
+def _on_the_device(inputs: AttentionInputs, stride: int, block: int) -> Tensor | None:
     """By the kernel; None where it knows no blocks of so many runs."""
     from attn_kernels.sparse_attention.antidiagonal import RUNS_OF_BLOCK, antidiagonal_block_mass
 
@@ -126,6 +125,7 @@ def _on_the_device(
         return None
     key, padding, batch = inputs.key, None, inputs.query.shape[0]
     if inputs.padded:
+        first_key, first_row = _first_key_and_row(inputs)
         is_key, is_query = inputs.key_valid.expand(batch, -1), inputs.query_valid.expand(batch, -1)
         key = key.masked_fill(~is_key[:, None, :, None], 0)
         padding = (
@@ -175,8 +175,14 @@ def _in_runs(real: Tensor, runs: int, stride: int) -> Tensor:
 
 def forced_blocks(inputs: AttentionInputs, block: int) -> Tensor:
     """``(B|1, 1, T, U)`` bool: the first block, and those on the diagonal."""
-    first_key, first_row = _first_key_and_row(inputs)
     device = inputs.query.device
+    if not inputs.padded:
+        tiles, blocks = (-(-size // block) for size in (inputs.num_queries, inputs.num_keys))
+        forced = torch.ones(1, 1, tiles, blocks, dtype=torch.bool, device=device)
+        forced = forced.tril_(-(-inputs.query_offset // block)).triu_(inputs.query_offset // block)
+        forced[..., 0] = True
+        return forced
+    first_key, first_row = _first_key_and_row(inputs)
     tiles = torch.arange(0, inputs.num_queries, block, device=device)
     row = (inputs.query_offset + first_row - first_key)[:, None, None, None] + tiles[:, None]
     key = torch.arange(0, inputs.num_keys, block, device=device)
@@ -191,3 +197,10 @@ def heaviest(mass: Tensor, forced: Tensor, threshold: float) -> Tensor:
     before = others.cumsum(-1) - others
     kept = torch.zeros_like(forced).scatter(-1, order, (before < needed) & (others > 0))
     return kept | forced
+
+
+def heaviest_by_kernel(mass: Tensor, forced: Tensor, threshold: float) -> Tensor:
+    """As ``heaviest``; of equal blocks the first."""
+    from attn_kernels.sparse_attention.heaviest import keep_heaviest_
+
+    return keep_heaviest_(forced.expand(mass.shape).contiguous(), mass, threshold)

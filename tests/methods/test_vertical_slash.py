@@ -12,10 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import attn_hooks
-from attn_hooks import AttentionCall, VerticalSlash
+from attn_hooks import AttentionCall, VerticalSlash, engine
+from attn_hooks.methods import vertical_slash
 from attn_hooks.methods.vertical_slash import column_and_diagonal_mass, crossed_tiles
 from attn_kernels import AttentionInputs, KeyTiles, Sparsity
+from attn_kernels.sparse_attention import last_rows
+from attn_kernels.sparse_attention.last_rows import column_and_diagonal_sums
+from bench.sparse_prefill import as_prompt
 from tests.hooks.tiny import padded_batch, prompt, tiny_llama
+from tests.kernels.triton_device import on_device
 from tests.methods.test_xattention import calls
 
 
@@ -79,6 +84,53 @@ def test_tiles_are_those_that_a_diagonal_crosses(size: int, blocks: tuple[int, i
             rows, keys = range(t * blocks[0], (t + 1) * blocks[0]), range(s * blocks[1], (s + 1) * blocks[1])
             crossed[t, s] = any(row - key in distances[0, head].tolist() for row in rows for key in keys)
         assert torch.equal(found[0, head], crossed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 90])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("last", [1, 64, 200])
+def test_kernels_sum_and_choose_the_same(
+    dtype: torch.dtype, window: int | None, softcap: float | None, last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With heads in several parts, on 150 keys: tiles are not full."""
+    monkeypatch.setattr(last_rows, "MOST_LOGITS", 3 * last * 150)
+    generator = torch.Generator().manual_seed(last)
+    index = torch.arange(150)
+    tensors = (torch.randn(2, heads, 150, 72, generator=generator).to(dtype) for heads in (4, 2, 2))
+    inputs = on_device(
+        AttentionInputs(
+            *tensors,
+            0.2,
+            index,
+            index,
+            index[None],
+            index[None],
+            torch.ones(1, 150) > 0,
+            first_query=0,
+            padded=False,
+            window=window,
+            softcap=softcap,
+        )
+    )
+    in_float = replace(inputs, query=inputs.query.float(), key=inputs.key.float())
+    wanted = column_and_diagonal_mass(in_float, last)
+    found = column_and_diagonal_sums(inputs.query, inputs.key, min(last, 150), 0, 0.2, softcap, window)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-3)
+    edit = VerticalSlash(vertical=20, slash=30, first=3, nearest=5, last=last, query_block=32, block=16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "has_kernels", lambda inputs: True)
+        patch.setattr(last_rows, "column_and_diagonal_sums", lambda *_: tuple(part.clone() for part in wanted))
+        patch.setattr(vertical_slash, "column_and_diagonal_mass", lambda *_: pytest.fail("the kernels know this call"))
+        call = as_prompt(inputs)
+        (by_kernels,) = edit.primitives(call)
+    monkeypatch.setattr(engine, "has_kernels", lambda inputs: False)
+    (by_pytorch,) = edit.primitives(as_prompt(in_float))
+    patterns = [primitive.pattern for primitive in (by_kernels, by_pytorch) if isinstance(primitive, Sparsity)]
+    assert isinstance(patterns[0], KeyTiles) and isinstance(patterns[1], KeyTiles)
+    assert torch.equal(patterns[0].chosen, patterns[1].chosen)
+    assert torch.equal(patterns[0].columns, patterns[1].columns)
 
 
 SMALL: dict[str, Any] = {"first": 1, "nearest": 2, "last": 4, "query_block": 2, "block": 2}

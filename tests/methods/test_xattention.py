@@ -15,7 +15,7 @@ from torch import Tensor
 
 import attn_hooks
 from attn_hooks import AnchorAttention, AttentionCall, Edit, VerticalSlash, XAttention, engine
-from attn_hooks.methods.xattention import antidiagonal_mass, forced_blocks, heaviest
+from attn_hooks.methods.xattention import antidiagonal_mass, forced_blocks, heaviest, heaviest_by_kernel
 from attn_kernels import AttentionInputs, KeyTiles, Sparsity
 from tests.hooks import vlms
 from tests.hooks.tiny import padded_batch, prompt, tiny_llama
@@ -133,6 +133,28 @@ def test_the_kernel_without_padding_in_each_dtype(dtype: torch.dtype) -> None:
     with patch.object(engine, "has_kernels", return_value=True):
         found = antidiagonal_mass(inputs, 8, 64)
     torch.testing.assert_close(found, wanted, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("earlier", [0, 1, 7, 8, 20])
+@pytest.mark.parametrize("new", [1, 8, 19])
+def test_forced_blocks_without_padding_are_those_of_any_prompt(earlier: int, new: int) -> None:
+    index = torch.arange(earlier + new)
+    inputs = AttentionInputs(
+        torch.randn(1, 2, new, 8), *torch.randn(2, 1, 2, earlier + new, 8), 1.0, index[earlier:], index,
+        index[None, earlier:], index[None], torch.ones(1, earlier + new) > 0, first_query=earlier, padded=True,
+    )  # fmt: skip
+    assert torch.equal(forced_blocks(replace(inputs, padded=False), 8), forced_blocks(inputs, 8))
+
+
+@given(calls(), st.floats(0, 0.99))
+@settings(max_examples=30, deadline=None)
+def test_the_kernel_chooses_the_same_blocks(inputs: AttentionInputs, threshold: float) -> None:
+    inputs = on_device(inputs)
+    mass, forced = antidiagonal_mass(inputs, 2, 4), forced_blocks(inputs, 4)
+    wanted, found = heaviest(mass, forced, threshold), heaviest_by_kernel(mass, forced, threshold)
+    # Rounding must not decide between equals.
+    difference = ((mass * wanted).sum(-1) - (mass * found).sum(-1)).abs() / mass.sum(-1).clamp(min=1e-6)
+    assert bool(((wanted == found).all(-1) | (difference < 1e-5)).all())
 
 
 def test_large_products_do_not_overflow_in_float16() -> None:

@@ -2,7 +2,7 @@
 
 Source: Xu et al., XAttention, arXiv 2503.16428. The sum over a cell's antidiagonal is a product of vectors of ``stride`` tokens. A
 program multiplies a tile of query runs with a tile of key runs, token by token of the run, and leaves one number for each run of
-queries and block of keys: with the row's log-sum-exp over them the softmax is known, and no score is written.
+queries and block of keys, and no score. From these a second kernel takes the softmax, and sums over each block's runs.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attn_kernels.edited_attention.launch import ceil_div, last_contiguous, launch, padded_size
+from attn_kernels.edited_attention.edited_flash import LOWEST_MAXIMUM
+from attn_kernels.edited_attention.launch import ceil_div, last_contiguous, launch, padded_size, power_of_two
 from attn_kernels.edited_attention.tiles import LOG2_E, scores
 
 RUNS_OF_BLOCK = (1, 2, 4, 8, 16, 32, 64, 128)
 # So many numbers are in memory at once.
 MOST_NUMBERS = 2**26
+# So many of them a program looks at together.
+NUMBERS_OF_TILE = 4096
 
 
 @triton.jit
@@ -113,6 +116,44 @@ def _antidiagonal(
     )
 
 
+@triton.jit
+def _mass_of_blocks(
+    found,
+    mass,
+    f_b,
+    f_h,
+    f_i,
+    m_b,
+    m_h,
+    m_t,
+    first_head,
+    blocks,
+    RUNS_OF_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The softmax over blocks of keys of log2 masses ``found``, summed over the runs of a block of queries."""
+    tile = tl.program_id(0).to(tl.int64)
+    run = tl.arange(0, RUNS_OF_BLOCK)
+    found += tl.program_id(2).to(tl.int64) * f_b + tl.program_id(1).to(tl.int64) * f_h
+    found += (tile * RUNS_OF_BLOCK + run[:, None]) * f_i
+    mass += tl.program_id(2).to(tl.int64) * m_b + (tl.program_id(1) + first_head).to(tl.int64) * m_h + tile * m_t
+    highest = tl.full([RUNS_OF_BLOCK], LOWEST_MAXIMUM, tl.float32)
+    total = tl.zeros([RUNS_OF_BLOCK], tl.float32)
+    for begin in range(0, blocks, BLOCK):
+        block = begin + tl.arange(0, BLOCK)[None, :]
+        part = tl.load(found + block, mask=(run[:, None] >= 0) & (block < blocks), other=float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(part, 1))
+        total = total * tl.exp2(highest - new_highest) + tl.sum(tl.exp2(part - new_highest[:, None]), 1)
+        highest = new_highest
+    # Runs of padding see nothing.
+    scale = tl.where(total > 0, 1 / tl.where(total > 0, total, 1.0), 0.0)
+    for begin in range(0, blocks, BLOCK):
+        block = begin + tl.arange(0, BLOCK)
+        inside = block < blocks
+        part = tl.load(found + block[None, :], mask=(run[:, None] >= 0) & inside[None, :], other=float("-inf"))
+        tl.store(mass + block, tl.sum(tl.exp2(part - highest[:, None]) * scale[:, None], 0), mask=inside)
+
+
 def antidiagonal_block_mass(
     query: Tensor,
     key: Tensor,
@@ -149,7 +190,8 @@ def antidiagonal_block_mass(
         of_padding = tuple(part.to(torch.int32).expand(batch, *part.shape[1:]).contiguous() for part in padding)
     shape = (ceil_div(num_queries, block), ceil_div(key.shape[2], block))
     at_once = max(1, MOST_NUMBERS // (batch * query_runs * shape[1]))
-    masses = []
+    mass = torch.empty(batch, num_heads, *shape, dtype=torch.float32, device=query.device)
+    block_u = max(16, min(power_of_two(shape[1]), NUMBERS_OF_TILE // runs_of_block))
     for first_head in range(0, num_heads, at_once):
         heads = min(at_once, num_heads - first_head)
         found = torch.empty(batch, heads, query_runs, shape[1], dtype=torch.float32, device=query.device)
@@ -188,12 +230,14 @@ def antidiagonal_block_mass(
             },
             warps,
         )
-        highest = found.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-        weights = found.sub_(highest).exp2_()
-        # Runs of padding see nothing.
-        weights /= weights.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        masses.append(weights.unflatten(2, (shape[0], runs_of_block)).sum(3))
-    return torch.cat(masses, 1)
+        launch(
+            _mass_of_blocks,
+            (shape[0], heads, batch),
+            (found, mass, *found.stride()[:3], *mass.stride()[:3], first_head, shape[1]),
+            {"RUNS_OF_BLOCK": runs_of_block, "BLOCK": block_u},
+            4,
+        )
+    return mass
 
 
 def _config(dtype: torch.dtype, block_d: int) -> tuple[int, int, int, int]:

@@ -29,5 +29,7 @@ def test_choices_are_asked_with_the_primer_and_the_instruction() -> None:
     prompt = choice_prompt("Can pigs fly?", instruction=True)
     assert prompt.startswith("Interpret each question literally")
     assert prompt.endswith("A: The 1992 Olympics were held in Barcelona, Spain.\n\nQ: Can pigs fly?\nA:")
-    assert choice_prompt("?", instruction=False).startswith("Q: What is human life expectancy in the United States?\nA: ")
+    assert choice_prompt("?", instruction=False).startswith(
+        "Q: What is human life expectancy in the United States?\nA: "
+    )
     assert prompt.count("\nA:") == 7

@@ -92,7 +92,9 @@ def test_select_train_and_eval(
 
     # What was saved is an adapter of PEFT, and an edit.
     ids = torch.tensor([[5, 6, 7]])
-    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), run / "train" / "adapter")(ids)
+    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), run / "train" / "adapter")(
+        ids
+    )
     edited = attn_hooks.wrap(model, f"lofit:{run / 'train' / 'adapter'}")(ids)
     torch.testing.assert_close(edited.logits, expected.logits)
 

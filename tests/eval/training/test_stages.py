@@ -58,7 +58,9 @@ def splits(rows: Any = ROWS, validation: int = 2) -> DataSplits:
     return DataSplits(rows[validation:], rows[:validation], rows, "made here")
 
 
-def fit(model: Any, tokenizer: Any, folder: Path, data: DataSplits | None = None, **tuning: Any) -> list[dict[str, Any]]:
+def fit(
+    model: Any, tokenizer: Any, folder: Path, data: DataSplits | None = None, **tuning: Any
+) -> list[dict[str, Any]]:
     asked = recipe(**tuning)
     return train_stage(model, tokenizer, data or splits(), asked.tuning, asked, folder, "tiny")
 
@@ -138,7 +140,9 @@ def make_loss_nan_after(steps: int, trainer: type[StoppingTrainer], monkeypatch:
     monkeypatch.setattr(trainer, "task_loss", poisoned)
 
 
-def test_the_last_good_state_is_the_one_before_the_step_that_broke_it(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+def test_the_last_good_state_is_the_one_before_the_step_that_broke_it(
+    model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
     adapter = adapted(model)
     before = [value.detach().clone() for value in adapter.parameters() if value.requires_grad]
     asked = recipe()
