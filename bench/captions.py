@@ -4,8 +4,10 @@
 
 ``generate``: the model's own, greedy, a DynamicCache, Python included. ``replay``: prefill, then one step on a StaticCache captured
 in a CUDA graph and replayed, for edits of attention alone: what is left is the device's own time. ``reference``: as the
-papers' code does it, eager attention whose weights are edited and kept in every step, and for second streams a whole second model
-call a step, no step skipped. The unedited model has a turn before and after every third setting; ratios are to the mean of the two.
+papers' code does it, eager attention whose weights are edited and kept in every step. For second streams a whole second model
+call a step, no step skipped; AGLA's without the front end that makes its image. For OPERA, greedy as ours, a call for each of the
+candidates. For VHR a call without the image beforehand. The unedited model has a turn before and after every third setting; ratios
+are to the mean of the two.
 ``generate`` goes through the settings several times, every other time backwards, and gives the median of the ratios. Beside it
 stands the same of the host's own time (``host``), in which others that use the machine have less of a part.
 
@@ -26,7 +28,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -46,9 +48,8 @@ PROMPT, SMOKE_PROMPT = 640, 64
 NEW_TOKENS = 256
 SHARPNESS = 8.0
 SINK_TAU, SINK_DIMS = 2.2, (1415, 2533)
-NO_EDIT = "no edit"
+FIRST_EDITED_LAYER = 1
 REFERENCE = "reference"
-FIRST_EDITED_LAYER = 2
 
 
 def settings(smoke: bool) -> dict[str, list[dict[str, Any]]]:
@@ -67,6 +68,7 @@ def settings(smoke: bool) -> dict[str, list[dict[str, Any]]]:
         "vcd with skip": [{"method": "vcd", "skip": True}],
         "agla with skip": [{"method": "agla", "skip": True}],
         "damro": [{"method": "damro"}],
+        "opera": [{"method": "opera"}],
         "pai with guidance": [{"method": "pai"}],
     }
 
@@ -91,12 +93,16 @@ class Reference:
     Attributes:
         image: the image's positions (start, stop).
         sinks: some of them, which VAR takes for sinks.
-        prompt: the prompt's length.
+        without_image: VHR's head outputs of the prompt's last row without the image, by layer.
+        gains: VHR's gains of the heads, by layer.
+        head: the head whose map EAH copies.
     """
 
     image: tuple[int, int]
     sinks: Tensor
-    prompt: int
+    without_image: dict[int, Tensor] = field(default_factory=dict)
+    gains: dict[int, Tensor] = field(default_factory=dict)
+    head: list[Tensor] = field(default_factory=list)
 
     def pai(self, module: nn.Module, logits: Tensor, value: Tensor, out: Tensor) -> Tensor:
         """A copy of the last row's logits on the image, raised by their size; then softmax in float32."""
@@ -137,13 +143,55 @@ class Reference:
         out.copy_(weights @ value)
         return weights
 
+    def vhr_without_image(self, module: nn.Module, logits: Tensor, value: Tensor, out: Tensor) -> Tensor:
+        weights = self.plain(module, logits, value, out)
+        self.without_image[module.layer_idx] = out[:, :, -1].float()
+        return weights
+
+    def vhr(self, module: nn.Module, logits: Tensor, value: Tensor, out: Tensor) -> Tensor:
+        """Twice the heads that differ most from themselves without the image, in the last layers."""
+        weights, layer = self.plain(module, logits, value, out), module.layer_idx
+        if layer >= max(self.without_image) + 1 - VHR_LAYERS:
+            if logits.shape[2] > 1:
+                distance = (out[:, :, -1].float() - self.without_image[layer]).norm(dim=-1)
+                chosen = distance > distance.median(-1, keepdim=True).values
+                self.gains[layer] = torch.where(chosen, 2.0, 1.0)[..., None].to(out.dtype)
+            out[:, :, -1] *= self.gains[layer]
+        return weights
+
+    def eah(self, module: nn.Module, logits: Tensor, value: Tensor, out: Tensor) -> Tensor:
+        """All heads take the map of the head with the most columns above the threshold."""
+        weights = self.plain(module, logits, value, out)
+        if module.layer_idx == EAH_LAYER:
+            rows = weights.shape[2]
+            if rows > 1:
+                start, stop = self.image
+                seen = weights.tril(-1).sum(2) / torch.arange(rows, 0, -1, device=weights.device)
+                self.head[:] = [(seen[..., start:stop] > EAH_THRESHOLD).sum(-1)[0].argmax()]
+            weights = weights[:, self.head[0]][:, None].expand_as(weights).clone()
+            out.copy_(weights @ value)
+        return weights
+
     def plain(self, module: nn.Module, logits: Tensor, value: Tensor, out: Tensor) -> Tensor:
         weights = logits.softmax(-1, dtype=torch.float32).to(value.dtype)
         out.copy_(weights @ value)
         return weights
 
 
-REFERENCES = ("pai", "imbalanced", "spin", "var")
+# Whose weights the reference of a setting edits; imbalanced's are changed on the image as PAI's are.
+EDITED_WEIGHTS = {
+    "var": "var",
+    "vhr": "vhr",
+    "imbalanced": "pai",
+    "pai": "pai",
+    "spin": "spin",
+    "eah": "eah",
+    "pai with guidance": "pai",
+}
+SECOND_STREAMS = ("vcd", "agla", "damro", "pai with guidance")
+OTHER_REFERENCES = (*SECOND_STREAMS[:-1], "opera")
+VHR_LAYERS, EAH_LAYER, EAH_THRESHOLD = 14, 1, 0.002
+DAMRO_TOKENS, OPERA_CANDIDATES = 10, 5
 
 
 @contextmanager
@@ -192,13 +240,17 @@ class Captions:
         sinks = torch.arange(start, start + case.image_tokens, 20, device=device)
         # Seconds that the host was busy with the last caption.
         self.busy = 0.0
-        self.reference = Reference((start, start + case.image_tokens), sinks, self.length)
+        self.reference = Reference((start, start + case.image_tokens), sinks)
 
     def run(self) -> None:
         wanted = [
             name for name in settings(self.options.smoke) if self.options.only is None or name in self.options.only
         ]
-        for mode, possible in (("generate", wanted), ("replay", CAPTURED), ("reference", (*REFERENCES, "vcd"))):
+        for mode, possible in (
+            ("generate", wanted),
+            ("replay", CAPTURED),
+            ("reference", (*EDITED_WEIGHTS, *OTHER_REFERENCES)),
+        ):
             names = [name for name in wanted if name in possible]
             if not names or (self.options.phases is not None and mode not in self.options.phases):
                 continue
@@ -268,33 +320,69 @@ class Captions:
         return seconds, next((share for share in shares if share is not None), None)
 
     def _reference(self, name: str) -> float:
-        rendered = "pai" if name == "imbalanced" else name
-        edit = None if name == "vcd" else getattr(self.reference, rendered)
-        with reference_attention(self.model.model, edit):
-            if name == "vcd":
-                self._two_streams(2)
-                return self._two_streams(self.new_tokens)
+        edited = EDITED_WEIGHTS.get(name)
+        begin = self.model.now()
+        if name == "vhr":
+            with reference_attention(self.model.model, self.reference.vhr_without_image):
+                self.model.model(input_ids=self._with_image_tokens(0), output_attentions=True)
+        before = self.model.now() - begin
+        with reference_attention(self.model.model, None if edited is None else getattr(self.reference, edited)):
+            if name == "opera":
+                self._candidates(2)
+                return self._candidates(self.new_tokens)
+            if name in SECOND_STREAMS:
+                self._two_streams(name, 2)
+                return self._two_streams(name, self.new_tokens)
             kept: dict[str, Any] = {"output_attentions": True, "return_dict_in_generate": True}
             self._generate(2, **kept)
-            return self._generate(**kept)
+            return before + self._generate(**kept)
 
-    def _two_streams(self, new_tokens: int) -> float:
+    def _with_image_tokens(self, count: int) -> Tensor:
+        """The prompt's tokens with so many in place of the image: a text's, since a model wants all of an image or none."""
+        start, stop = self.reference.image
+        ids = self.prompt["input_ids"]
+        return torch.cat([ids[:, :start], ids[:, :1].expand(len(ids), count), ids[:, stop:]], dim=1)
+
+    def _two_streams(self, name: str, new_tokens: int) -> float:
         """Two prompts, two caches, two calls a step."""
         begin = self.model.now()
         caches = [DynamicCache(config=self.model.text) for _ in range(2)]
-        noised = {**self.prompt, "pixel_values": self.prompt["pixel_values"] + 1}
-        given: list[dict[str, Any]] = [self.prompt, noised]
+        seconds: dict[str, dict[str, Any]] = {
+            "damro": {"input_ids": self._with_image_tokens(DAMRO_TOKENS)},
+            "pai with guidance": {"input_ids": self._with_image_tokens(0)},
+        }
+        other_pixels = {**self.prompt, "pixel_values": self.prompt["pixel_values"] + 1}
+        given: list[dict[str, Any]] = [self.prompt, seconds.get(name, other_pixels)]
         for _ in range(new_tokens):
             first, second = (
-                self.model.model(**inputs, past_key_values=cache, output_attentions=True, logits_to_keep=1).logits[
-                    :, -1
-                ]
-                for inputs, cache in zip(given, caches, strict=True)
+                self._call(inputs, cache).logits[:, -1] for inputs, cache in zip(given, caches, strict=True)
             )
             scores = torch.where(first < first.amax(-1, keepdim=True) - 2.3, -torch.inf, 2 * first - second)
             token = scores.argmax(-1, keepdim=True)
             given = [{"input_ids": token}] * 2
         return self.model.now() - begin
+
+    def _candidates(self, new_tokens: int) -> float:
+        """A call for the token, and one for each candidate after it, of whose last weights the largest over heads counts."""
+        begin = self.model.now()
+        cache = DynamicCache(config=self.model.text)
+        given: dict[str, Any] = self.prompt
+        for _ in range(new_tokens):
+            logits = self._call(given, cache).logits[:, -1]
+            likeliest = logits.topk(OPERA_CANDIDATES, dim=-1)
+            penalties = []
+            for candidate in range(OPERA_CANDIDATES):
+                token = likeliest.indices[:, candidate, None]
+                weights = self._call({"input_ids": token}, cache).attentions[-1][:, :, -1].amax(1)
+                cache.crop(-1)
+                response = 50 * weights[:, self.length :] / weights.sum(-1, keepdim=True)
+                penalties.append(1e-7 * response.amax(-1))
+            chosen = (likeliest.values - torch.stack(penalties, dim=-1)).argmax(-1, keepdim=True)
+            given = {"input_ids": likeliest.indices.gather(1, chosen)}
+        return self.model.now() - begin
+
+    def _call(self, inputs: dict[str, Any], cache: DynamicCache) -> Any:
+        return self.model.model(**inputs, past_key_values=cache, output_attentions=True, logits_to_keep=1)
 
 
 def _joined(rows: Sequence[Row]) -> Row:

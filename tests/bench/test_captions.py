@@ -64,3 +64,14 @@ def test_nothing_is_measured_beside_another_machine(
     assert stopped.value.code == 2
     assert "gpu another there" in capsys.readouterr().err
     assert file.read_text(encoding="utf-8") == before
+
+
+def test_every_reference_writes_its_caption(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["captions", "--smoke", "--phases", "reference"])
+    captions.main()
+    table = capsys.readouterr().out.splitlines()
+    measured = {cells[1].strip() for line in table if (cells := line.split("|"))[0] == "" and "." in cells[-3]}
+    assert measured == {*captions.EDITED_WEIGHTS, *captions.OTHER_REFERENCES}
+    assert "failed" not in table[-1]
