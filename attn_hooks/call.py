@@ -101,10 +101,13 @@ class AttentionCall:
         """
         selected = None if heads is None else indices_of_heads(heads)
         rows = self.inputs.query_valid if self.inputs.padded else None
-        if engine.has_kernels(self.inputs) and kind in ("column_sum", "column_mean"):
+        if engine.has_kernels(self.inputs) and kind in ("column_sum", "column_mean", "group_mass", "log_sum_exp"):
             from attn_kernels.edited_attention import dispatch
 
-            found = dispatch.columns(self.inputs, self.earlier, selected, rows, kind == "column_mean", self.vendor)
+            if kind in ("group_mass", "log_sum_exp"):
+                found = dispatch.row_totals(self.inputs, self.earlier, selected, keys, self.vendor)
+            else:
+                found = dispatch.columns(self.inputs, self.earlier, selected, rows, kind == "column_mean", self.vendor)
             if found is not None:
                 return found
         results: list[Tensor] = []

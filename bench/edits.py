@@ -290,6 +290,11 @@ def affine(inputs: AttentionInputs, layout: Layout) -> list[Primitive]:
     return [HeadAffine(gain=gain, offset=torch.where(chosen[:, None], step, 0.0))]
 
 
+def two_regroups(inputs: AttentionInputs, layout: Layout) -> list[Primitive]:
+    """VAR, then ACT's equation with sinks known beforehand: the second acts on what the first has left."""
+    return [*var(inputs, layout), Regroup(_at(inputs, layout.sinks), keep=0.4, heads=_every(inputs, 4))]
+
+
 def three(inputs: AttentionInputs, layout: Layout) -> list[Primitive]:
     """VAR, PASTA and head gains together."""
     return [*var(inputs, layout), *pasta(inputs, layout), *affine(inputs, layout)]
@@ -308,7 +313,7 @@ EDITS: dict[str, Callable[[AttentionInputs, Layout], list[Primitive]]] = {
     "three-suffix": three,
 }
 # Not in the table unless named by --only.
-FURTHER_EDITS = {"pasta-outside": pasta_outside}
+FURTHER_EDITS = {"pasta-outside": pasta_outside, "two-regroups": two_regroups}
 LATE_IMAGE, FLAT_IMAGE = {"var-suffix", "three-suffix"}, {"act"}
 # In decode these are the same as another method, or nothing.
 PREFILL_ONLY = {"var-suffix", "three-suffix", "pai-all-rows", "mma"}

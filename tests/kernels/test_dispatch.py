@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -30,10 +30,11 @@ from attn_kernels import (
     Tap,
     edited_attention_reference,
     head_selection,
+    read_taps,
 )
 from attn_kernels.edited_attention import dispatch
 from attn_kernels.edited_attention.edited_flash import edited_flash
-from attn_kernels.edited_attention.lowering import lower
+from attn_kernels.edited_attention.lowering import NotLowered, lower
 from tests.kernels.strategies import calls_with_edits, primitives
 from tests.kernels.test_epilogue import plain_call
 from tests.kernels.triton_device import on_device
@@ -191,7 +192,7 @@ MAP = LogitMap(SOME_KEYS, bias=1.0)
             "pytorch",
             "mask of its own",
         ),
-        (small(), [Regroup(SOME_KEYS, 0.5), Regroup(SOME_KEYS, 0.2)], "pytorch", "more than one Regroup"),
+        (small(), [Regroup(SOME_KEYS, 0.5), Regroup(SOME_KEYS, 0.2)], "edited flash twice", "several Regroups"),
     ],
 )
 def test_the_path_and_why(inputs: AttentionInputs, edits: list[Primitive], name: str, why: str) -> None:
@@ -421,3 +422,78 @@ def test_heads_that_the_caller_knows_to_change(num_queries: int) -> None:
     known = HeadAffine(gain=gain, offset=offset, heads=torch.tensor([False, True]))
     check(last_queries(small(), num_queries), [known, MAP])
     assert lower(small(), [known]).heads is not None
+
+
+@given(calls_with_edits(kinds=(LogitMap, Order, Regroup, HeadAffine)), st.booleans(), st.data())
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_masses_and_log_sum_exps_are_the_specifications(
+    case: tuple[AttentionInputs, list[Primitive]], some_heads: bool, data: st.DataObject
+) -> None:
+    inputs, edits = case
+    keys = torch.tensor(data.draw(st.lists(st.booleans(), min_size=inputs.num_keys, max_size=inputs.num_keys)))
+    group = keys[None, None].expand(len(inputs.query), 1, -1)
+    heads = torch.arange(0, inputs.num_heads, 2) if some_heads else None
+    inputs, edits, group, heads = on_device((inputs, edits, group, heads))
+    for kind in ("group_mass", "log_sum_exp"):
+        expected: list[Tensor] = []
+        is_mass = kind == "group_mass"
+        tap = Tap("group_mass", expected.append, keys=group) if is_mass else Tap("log_sum_exp", expected.append)
+        read_taps(inputs, [*edits, tap], heads)
+        found = dispatch.row_totals(inputs, edits, heads, group if is_mass else None, [])
+        if found is None:
+            with pytest.raises(NotLowered):
+                lower(inputs, edits)
+            return
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected[0].float(), rtol=2e-3, atol=2e-3)
+
+
+def test_what_no_kernel_can_sum_is_left_to_others() -> None:
+    inputs = on_device(plain_call(0, 40, 4, 2, 1.0))
+    by_head = torch.zeros(1, inputs.num_heads, 40, dtype=torch.bool, device=inputs.query.device)
+    assert dispatch.row_totals(inputs, [], None, by_head, []) is None
+    regroup = Regroup(by_head[:, :1], keep=0.5)
+    assert dispatch.row_totals(inputs, [regroup, regroup], None, None, []) is None
+    assert dispatch.row_totals(inputs, [regroup], None, by_head[:, :1], []) is not None
+    vendor: list[tuple[Tensor, Tensor]] = []
+    assert dispatch.row_totals(inputs, [], None, None, vendor) is vendor[0][1]
+
+
+@given(calls_with_edits(kinds=(LogitMap, Order, HeadAffine)), st.data())
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_several_regroups_take_two_passes(case: tuple[AttentionInputs, list[Primitive]], data: st.DataObject) -> None:
+    inputs, edits = case
+    edits = edits[:1] + [data.draw(primitives(inputs, (Regroup,))) for _ in range(data.draw(st.integers(2, 3)))]
+    shared = data.draw(st.sampled_from([True, True, False]))
+    inputs = replace(inputs, sink_logits=None) if shared else inputs
+
+    def for_kernels(edit: Primitive) -> Primitive:
+        # At a gate's edge rounding would decide.
+        if not isinstance(edit, Regroup):
+            return edit
+        target = edit.target if edit.target is None or not shared else edit.target[:, :1]
+        return replace(edit, source=edit.source[:, :1] if shared else edit.source, target=target, gate=None)
+
+    with mock.patch.object(dispatch, "DECODE_QUERIES", 0):
+        path = check(inputs, [for_kernels(edit) for edit in edits])
+    if shared:
+        assert path.name == "edited flash twice"
+    event(path.name)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.9, 0.9999])
+def test_several_regroups_keep_their_digits_beside_a_heavy_sink(share: float) -> None:
+    inputs = plain_call(1, 70, 4, 2, 1.0)
+    inputs.key[:, :, 0] *= 1 + 30 * share
+    source, image = torch.zeros(2, 1, 1, 70, dtype=torch.bool)
+    source[..., :2], image[..., 5:50] = True, True
+    everywhere = torch.ones(1, 1, 70, dtype=torch.bool)
+    gate = Gate(of=everywhere, at_least=0.5, share=image, at_most=0.99)
+    heads = head_selection([True, False, True, True], torch.device("cpu"))
+    rows = (torch.arange(70) > 50)[None]
+    edits: list[Primitive] = [
+        Regroup(source, keep=0.4, target=image, gate=gate, heads=heads),
+        Regroup(image, keep=torch.tensor([0.0, 0.5, 1.0, 0.7]), rows=rows),
+        Regroup(source, keep=0.0),
+    ]
+    assert check(inputs, edits).name == "edited flash twice"

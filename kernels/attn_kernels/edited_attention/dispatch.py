@@ -22,8 +22,9 @@ from attn_kernels.edited_attention.epilogue import MOST_KEYS, epilogue_
 from attn_kernels.edited_attention.head_affine import head_affine_
 from attn_kernels.edited_attention.launch import padded_size
 from attn_kernels.edited_attention.lowering import LoweredEdits, NotLowered, lower
+from attn_kernels.edited_attention.several_regroups import several_regroups
 from attn_kernels.inputs import AttentionInputs
-from attn_kernels.primitives import HeadAffine, Primitive, Sparsity, Tap
+from attn_kernels.primitives import HeadAffine, Primitive, Regroup, Sparsity, Tap
 from attn_kernels.sparse_attention.sparsity import lower_sparsity, sparse_attention, sparse_refusal
 
 PathName = Literal[
@@ -33,6 +34,7 @@ PathName = Literal[
     "vendor + last rows",
     "vendor + first keys",
     "edited flash",
+    "edited flash twice",
     "edited flash with gradients",
     "decode",
     "sparse flash",
@@ -44,6 +46,8 @@ DECODE_QUERIES = 16
 # The last rows of a prompt go there, too, while they are so few: queries times the query heads of a kv head.
 LAST_ROWS = 1024
 LARGEST_HEAD_DIM = 256
+# Of a product of tiles in Triton.
+SMALLEST_VALUE_DIM = 16
 # So many keys after the last touched one are worth a call of the vendor's attention.
 FEWEST_KEYS_FOR_VENDOR = 512
 # The last rows of a single sample read a long run of keys in parts, so that there are programs for all multiprocessors.
@@ -145,6 +149,11 @@ def run(
     """
     if path is None:
         lowered, path = plan(inputs, edits, lowered)
+    if path.name == "edited flash twice":
+        try:
+            return several_regroups(inputs, edits), path
+        except NotLowered as reason:
+            path = Path("pytorch", str(reason))
     if lowered is None or path.name == "pytorch":
         output = blocked.edited_attention(inputs, [edit for edit in edits if not isinstance(edit, HeadAffine)])
         return blocked.head_affine(output, edits, inputs.query), path
@@ -304,6 +313,45 @@ def columns(
         return None
 
 
+def row_totals(
+    inputs: AttentionInputs,
+    edits: Sequence[Primitive],
+    heads: Tensor | None,
+    keys: Tensor | None,
+    vendor: list[tuple[Tensor, Tensor]],
+) -> Tensor | None:
+    """``(B, h, N)`` float32 under ``edits``: the weight on a group ``keys``, or without one the log-sum-exp.
+
+    None where no kernel can: a group by head, or edits that are not lowered. The weight is attention to values of 1 on the
+    group and 0 elsewhere, in float32.
+    """
+    if kernel_refusal(inputs) is not None or (keys is not None and keys.shape[1] > 1):
+        return None
+    edits = [edit for edit in edits if not isinstance(edit, HeadAffine)]
+    try:
+        lowered = lower(inputs, edits)
+    except NotLowered:
+        return None
+    if keys is None and not lowered.edits_weights and vendor_refusal(inputs) is None:
+        if not vendor:
+            vendor.append(vendor_attention(inputs))
+        totals = vendor[0][1]
+    else:
+        # Of the other heads it is not written, and not read.
+        selected = None if heads is None else heads.to(torch.int32)
+        value, output = inputs.value, None
+        if keys is not None:
+            batch, num_heads, num_queries = inputs.query.shape[:3]
+            group = keys.float()[..., None].expand(batch, 1, inputs.num_keys, SMALLEST_VALUE_DIM)
+            value = group.contiguous().expand(-1, inputs.key.shape[1], -1, -1)
+            output = value.new_empty(batch, num_heads, num_queries, SMALLEST_VALUE_DIM)
+        found, log_sum_exp = edited_flash(
+            replace(inputs, value=value), lowered, selected, output, with_log_sum_exp=keys is None
+        )
+        totals = found[..., 0] if log_sum_exp is None else log_sum_exp
+    return totals if heads is None else totals[:, heads.long()]
+
+
 def on_gpu(inputs: AttentionInputs) -> bool:
     """Whether the kernels can run where the tensors are."""
     return inputs.query.is_cuda
@@ -330,6 +378,10 @@ def plan(
     if any(isinstance(edit, Tap) for edit in edits):
         return None, Path("pytorch", "a Tap reads the weights")
     trains = torch.is_grad_enabled() and _needs_gradients(inputs, edits)
+    kinds = [type(edit) for edit in edits]
+    is_prompt = inputs.num_queries > DECODE_QUERIES
+    if kinds.count(Regroup) > 1 and Sparsity not in kinds and is_prompt and not trains:
+        return None, Path("edited flash twice", "several Regroups")
     # What was lowered in an earlier step has that step's graph.
     if lowered is None or trains:
         try:

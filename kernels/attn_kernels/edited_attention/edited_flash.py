@@ -11,6 +11,8 @@ digits. The end of the program resolves the gate, moves the freed mass, and appl
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -333,6 +335,8 @@ def _edited_flash(
     gain_b,
     offset,
     offset_b,
+    class_codes,
+    class_bias,
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_VALID: tl.constexpr,
@@ -362,6 +366,8 @@ def _edited_flash(
     HAS_AFFINE: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
     AFFINE_ROW: tl.constexpr,
+    NUM_CLASSES: tl.constexpr,
+    CLASS_BITS: tl.constexpr,
     HAS_HEADS: tl.constexpr,
     ONLY_FLAGGED: tl.constexpr,
     OVERLAPS: tl.constexpr,
@@ -578,6 +584,14 @@ def _edited_flash(
                     BLOCK_D,
                     PRECISION,
                 )
+                for number in tl.static_range(NUM_CLASSES):
+                    of_rows = tl.load(
+                        class_bias + ((batch * num_heads + head) * NUM_CLASSES + number) * num_queries + rows,
+                        mask=row_inside,
+                        other=0.0,
+                    )
+                    in_class = (code & CLASS_BITS) == tl.load(class_codes + number)
+                    logits += tl.where(in_class[None, :], of_rows[:, None], 0.0)
                 if kind == 1:
                     # Only the source's mass for now; its values come when it is known what it keeps.
                     new_highest = tl.maximum(highest, tl.max(logits, 1))
@@ -750,6 +764,20 @@ def _edited_flash(
 CONFIGS: dict[int, tuple[int, int, int, int]] = {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 64, 8, 2)}
 
 
+@dataclass(frozen=True)
+class KeyClasses:
+    """What each row adds to the logits of keys by their codes: after all edits of the logits, before the softmax.
+
+    Attributes:
+        codes: ``(C,)`` int32, none of them 0: those of the keys' code bits ``bits`` that make a class.
+        bias: ``(B, H, C, N)`` float32, in units of log2; may be minus infinity.
+    """
+
+    bits: int
+    codes: Tensor
+    bias: Tensor
+
+
 def edited_flash(
     inputs: AttentionInputs,
     lowered: LoweredEdits,
@@ -759,13 +787,14 @@ def edited_flash(
     with_log_sum_exp: bool = False,
     stop_row: int | None = None,
     config: tuple[int, int, int, int] | None = None,
+    classes: KeyClasses | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Output ``(B, H, N, Dv)`` in the value's dtype and, on request, the log-sum-exp ``(B, H, N)`` float32, natural.
 
     ``heads`` (h,) int32 restricts the work to some heads; the others' output is left as ``output`` has it. ``row_tiles``
     ``(B, H, tiles)`` int32 restricts it to the row tiles that are not 0 (``config_of`` says how many rows one has) and may
     still be written by the launch before,
-    ``stop_row`` to the rows before it.
+    ``stop_row`` to the rows before it. ``classes``: what each row adds to the logits of touched keys; not with a Regroup.
     Inputs need a contiguous last dimension. All primitives but Sparsity; dropout is not applied.
     """
     query, key, value = (last_contiguous(tensor) for tensor in (inputs.query, inputs.key, inputs.value))
@@ -848,6 +877,8 @@ def edited_flash(
             batch_stride(lowered.gain),
             None if lowered.offset is None else lowered.offset,
             batch_stride(lowered.offset),
+            None if classes is None else classes.codes,
+            None if classes is None else classes.bias,
         ),
         {
             "CAUSAL": inputs.causal,
@@ -873,6 +904,8 @@ def edited_flash(
             "GATE_SHARE": NO_BIT if regroup is None else regroup.gate_share,
             "REGROUP_ROW": NO_BIT if regroup is None else regroup.row,
             **lowered.affine_constants,
+            "NUM_CLASSES": 0 if classes is None else len(classes.codes),
+            "CLASS_BITS": 0 if classes is None else classes.bits,
             "HAS_HEADS": heads is not None,
             "ONLY_FLAGGED": row_tiles is not None,
             "OVERLAPS": overlaps,
