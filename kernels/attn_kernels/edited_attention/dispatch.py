@@ -323,7 +323,7 @@ def row_totals(
     """``(B, h, N)`` float32 under ``edits``: the weight on a group ``keys``, or without one the log-sum-exp.
 
     None where no kernel can: a group by head, or edits that are not lowered. The weight is attention to values of 1 on the
-    group and 0 elsewhere, in float32.
+    group and 0 elsewhere, as exact as an output in the query's dtype.
     """
     if kernel_refusal(inputs) is not None or (keys is not None and keys.shape[1] > 1):
         return None
@@ -342,9 +342,11 @@ def row_totals(
         value, output = inputs.value, None
         if keys is not None:
             batch, num_heads, num_queries = inputs.query.shape[:3]
-            group = keys.float()[..., None].expand(batch, 1, inputs.num_keys, SMALLEST_VALUE_DIM)
+            # Beside weights as exact as the call's own, but with the range of float32.
+            dtype = inputs.query.dtype if inputs.query.dtype == torch.float32 else torch.bfloat16
+            group = keys.to(dtype)[..., None].expand(batch, 1, inputs.num_keys, SMALLEST_VALUE_DIM)
             value = group.contiguous().expand(-1, inputs.key.shape[1], -1, -1)
-            output = value.new_empty(batch, num_heads, num_queries, SMALLEST_VALUE_DIM)
+            output = value.new_empty(batch, num_heads, num_queries, SMALLEST_VALUE_DIM, dtype=torch.float32)
         found, log_sum_exp = edited_flash(
             replace(inputs, value=value), lowered, selected, output, with_log_sum_exp=keys is None
         )
