@@ -21,6 +21,7 @@ from attn_hooks.methods.head_affine import HeadAffine
 from attn_hooks.methods.imbalanced import Imbalanced
 from attn_hooks.methods.iti import ITI
 from attn_hooks.methods.lofit import LoFiT
+from attn_hooks.methods.moba import MoBA
 from attn_hooks.methods.opera import Opera
 from attn_hooks.methods.pai import PAI
 from attn_hooks.methods.pasta import PASTA
@@ -68,6 +69,7 @@ __all__ = [
     "Imbalanced",
     "LayerInfo",
     "LoFiT",
+    "MoBA",
     "ModelInfo",
     "Opera",
     "PatchGrid",

@@ -26,6 +26,7 @@ SHIPPED = {
     "imbalanced": "attn_hooks.methods.imbalanced:Imbalanced",
     "iti": "attn_hooks.methods.iti:ITI",
     "lofit": "attn_hooks.methods.lofit:LoFiT",
+    "moba": "attn_hooks.methods.moba:MoBA",
     "opera": "attn_hooks.methods.opera:Opera",
     "pai": "attn_hooks.methods.pai:PAI",
     "pasta": "attn_hooks.methods.pasta:PASTA",

@@ -33,6 +33,7 @@ from attn_hooks import (
     AnchorAttention,
     AttentionCall,
     Edit,
+    MoBA,
     PowerAttention,
     Streaming,
     TokenLayout,
@@ -88,6 +89,11 @@ EDITS: dict[str, dict[str, Edit]] = {
         "theta 12": AnchorAttention(theta=12.0),
         "theta 8": AnchorAttention(theta=8.0),
         "theta 4": AnchorAttention(theta=4.0),
+    },
+    "moba": {
+        "3 of 2048": MoBA(block=2048, top_k=3),
+        "12 of 512": MoBA(block=512, top_k=12),
+        "3 of 512": MoBA(block=512, top_k=3),
     },
 }
 RECALL_ROWS = 256

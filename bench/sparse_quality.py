@@ -61,6 +61,11 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"block": 64, "step": 8, "theta": 8.0},
         {"block": 64, "step": 8, "theta": 12.0},
     ),
+    "moba": (
+        {"block": 128, "top_k": 4},
+        {"block": 128, "top_k": 8},
+        {"block": 256, "top_k": 12},
+    ),
     "xattention": (
         {"block": 64, "stride": 8, "threshold": 0.5},
         {"block": 64, "stride": 8, "threshold": 0.8},

@@ -41,6 +41,7 @@ ATTN_HOOKS = {
     "Imbalanced",
     "LayerInfo",
     "LoFiT",
+    "MoBA",
     "ModelInfo",
     "Opera",
     "PatchGrid",

@@ -27,8 +27,8 @@ from torch.nn import functional
 from attn_hooks import engine
 from attn_hooks.call import AttentionCall
 from attn_hooks.edit import Edit, Heads, Layers, Positive, Reads, Scope, Writes
+from attn_hooks.real_tokens import first_key_and_row, from_place
 from attn_kernels import AttentionInputs, KeyTiles, Primitive, Sparsity
-from attn_kernels.patterns import first_real_key
 
 # Scores of so many pairs of runs are in memory at once.
 MOST_SCORES = 2**26
@@ -86,15 +86,15 @@ def antidiagonal_mass(inputs: AttentionInputs, stride: int, block: int) -> Tenso
         found = _on_the_device(inputs, stride, block)
         if found is not None:
             return found
-    first_key, first_row = _first_key_and_row(inputs)
+    first_key, first_row = first_key_and_row(inputs)
     is_key, is_query = inputs.key_valid.expand(batch, -1), inputs.query_valid.expand(batch, -1)
-    key = _runs(_from_place(inputs.key.masked_fill(~is_key[:, None, :, None], 0), first_key, inputs), stride, block)
+    key = _runs(from_place(inputs.key.masked_fill(~is_key[:, None, :, None], 0), first_key, inputs), stride, block)
     # Scaled before: in float16 the sums could overflow.
-    query = _from_place(inputs.query * (inputs.scaling / stride), first_row, inputs)
+    query = from_place(inputs.query * (inputs.scaling / stride), first_row, inputs)
     query = _runs(query, stride, block, backwards=True)
     query = query.unflatten(1, (kv_heads, heads // kv_heads))
-    key_in_run = _in_runs(_from_place(is_key[:, None, :, None], first_key, inputs), key.shape[2], stride)
-    query_in_run = _in_runs(_from_place(is_query[:, None, :, None], first_row, inputs), query.shape[3], stride)
+    key_in_run = _in_runs(from_place(is_key[:, None, :, None], first_key, inputs), key.shape[2], stride)
+    query_in_run = _in_runs(from_place(is_query[:, None, :, None], first_row, inputs), query.shape[3], stride)
     # By position; a chunk of a prompt begins later.
     key_position = torch.arange(key.shape[2], device=key.device) * stride
     query_position = (inputs.query_offset + first_row - first_key)[:, None] + (
@@ -125,7 +125,7 @@ def _on_the_device(inputs: AttentionInputs, stride: int, block: int) -> Tensor |
         return None
     key, padding, batch = inputs.key, None, inputs.query.shape[0]
     if inputs.padded:
-        first_key, first_row = _first_key_and_row(inputs)
+        first_key, first_row = first_key_and_row(inputs)
         is_key, is_query = inputs.key_valid.expand(batch, -1), inputs.query_valid.expand(batch, -1)
         key = key.masked_fill(~is_key[:, None, :, None], 0)
         padding = (
@@ -133,7 +133,7 @@ def _on_the_device(inputs: AttentionInputs, stride: int, block: int) -> Tensor |
             first_key,
             *(
                 _in_runs(
-                    _from_place(real[:, None, :, None], first, inputs),
+                    from_place(real[:, None, :, None], first, inputs),
                     -(-real.shape[1] // block) * (block // stride),
                     stride,
                 )
@@ -143,22 +143,6 @@ def _on_the_device(inputs: AttentionInputs, stride: int, block: int) -> Tensor |
     return antidiagonal_block_mass(
         inputs.query, key, inputs.scaling, stride, block, inputs.query_offset, inputs.window, padding
     )
-
-
-def _first_key_and_row(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-    """``(B|1,)`` each: the places of each sample's first real key, and of its first real query among the queries."""
-    first_key = first_real_key(inputs)
-    return first_key, (first_key - inputs.query_offset).clamp(min=0)
-
-
-def _from_place(tensor: Tensor, first: Tensor, inputs: AttentionInputs) -> Tensor:
-    """``(B, h, N, D)`` from each sample's own place on, filled up with 0."""
-    if not inputs.padded:
-        return tensor
-    place = torch.arange(tensor.shape[2], device=tensor.device) + first[:, None]
-    inside = (place < tensor.shape[2])[:, None, :, None]
-    place = place.clamp(max=tensor.shape[2] - 1)[:, None, :, None].expand(*tensor.shape[:2], -1, tensor.shape[3])
-    return tensor.gather(2, place).masked_fill(~inside, 0)
 
 
 def _runs(tensor: Tensor, stride: int, block: int, backwards: bool = False) -> Tensor:
@@ -182,7 +166,7 @@ def forced_blocks(inputs: AttentionInputs, block: int) -> Tensor:
         forced = forced.tril_(-(-inputs.query_offset // block)).triu_(inputs.query_offset // block)
         forced[..., 0] = True
         return forced
-    first_key, first_row = _first_key_and_row(inputs)
+    first_key, first_row = first_key_and_row(inputs)
     tiles = torch.arange(0, inputs.num_queries, block, device=device)
     row = (inputs.query_offset + first_row - first_key)[:, None, None, None] + tiles[:, None]
     key = torch.arange(0, inputs.num_keys, block, device=device)

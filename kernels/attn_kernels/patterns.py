@@ -89,7 +89,7 @@ class KeyTiles:
     Attributes:
         chosen: ``(b, h, T, S)`` bool; ``b`` is B or 1, ``h`` the number of query heads or 1. What the model itself hides stays
             hidden.
-        query_tile: rows of a tile: tile t has the call's queries from ``t * query_tile`` on.
+        query_tile: rows of a tile: tile t has the call's queries from ``t * query_tile`` on. 1: each query chooses for itself.
         key_tile: keys of a tile: tile s has the keys from ``s * key_tile`` on.
         columns: ``(b, h, C)`` int64, or None: single keys that every tile of queries visits which lies behind them as a whole; what
             is nearer has its tiles. Without repetition; numbers from M on stand for no key. Or ``Stripes``.
@@ -176,7 +176,8 @@ class KeyTiles:
         return (queries - first_row).clamp(min=0) // self.query_tile
 
     def __repr__(self) -> str:
-        return f"key tiles of {self.query_tile} queries and {self.key_tile} keys"
+        queries = "one query" if self.query_tile == 1 else f"{self.query_tile} queries"
+        return f"key tiles of {queries} and {self.key_tile} keys"
 
 
 def first_real_key(inputs: AttentionInputs) -> Tensor:

@@ -17,11 +17,7 @@ from tests.hooks.tiny import ACTING_EDITS, HEAD_DIM, NUM_HEADS, NUM_LAYERS, gain
 OFFSET = torch.randn(NUM_LAYERS, NUM_HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(3))
 SAVED: dict[str, tuple[Edit, ...]] = {
     **{name: (edit,) for name, edit in ACTING_EDITS.items()},
-    "all at once": tuple(
-        edit
-        for name, edit in ACTING_EDITS.items()
-        if name not in ("anchor", "power", "trishape", "vertical_slash", "xattention")
-    ),
+    "all at once": tuple(edit for name, edit in ACTING_EDITS.items() if name == "streaming" or not edit.by_pattern),
     "gain and offset": (HeadAffine(gain=gain_at(0, 1, 2.0), offset=OFFSET),),
     "two of one method": (HeadAffine(gain=gain_at(0, 1, 2.0)), HeadAffine(offset=OFFSET)),
     "image spans": (PASTA(spans="image"),),

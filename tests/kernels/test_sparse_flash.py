@@ -210,6 +210,35 @@ def test_stripes_of_some_tiles_equal_their_mask(
     assert torch.equal(of_last_row, (shown & inputs.key_valid[:, None, None])[:, :, -1:].expand_as(of_last_row))
 
 
+@given(padded_calls(), st.booleans(), st.sampled_from([16, 48, 64, 160]), st.floats(0, 1), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_blocks_chosen_by_query_equal_their_mask(
+    case: tuple[AttentionInputs, Tensor | None], by_head: bool, block: int, share: float, seed: int
+) -> None:
+    """Drawn without regard to what the model hides; rows that choose nothing among them."""
+    inputs, first_keys = case
+    shape = (
+        inputs.query.shape[0],
+        inputs.num_heads if by_head else 1,
+        inputs.num_queries,
+        -(-inputs.num_keys // block),
+    )
+    chosen = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
+    tiles = KeyTiles(chosen.to(DEVICE), 1, block)
+    visits = visits_of(tiles, inputs, first_keys)
+    assert visits.counted(inputs).max() <= 1
+    found = sparse_flash(inputs, visits, first_keys=first_keys, with_log_sum_exp=True)
+    shown = Sparsity(tiles).shown(inputs, slice(0, inputs.num_queries))
+    visible = (inputs.visible(slice(0, inputs.num_queries)) & shown).expand(-1, inputs.num_heads, -1, -1)
+    real = inputs.query_valid[:, None, :, None]
+    assert torch.equal(visits.visited(inputs) & real, visible & real)
+    compare(inputs, found, expected(inputs, visible))
+    last = in_last_row(Sparsity(tiles), inputs)
+    assert isinstance(last, Sparsity)
+    of_last_row = last.shown(last_row_of(inputs), slice(0, 1)) & inputs.key_valid[:, None, None]
+    assert torch.equal(of_last_row, (shown & inputs.key_valid[:, None, None])[:, :, -1:].expand_as(of_last_row))
+
+
 def plain_call(num_queries: int, num_keys: int, head_dim: int, dtype: torch.dtype = torch.float32) -> AttentionInputs:
     generator = torch.Generator().manual_seed(7)
     index = torch.arange(num_keys)

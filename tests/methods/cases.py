@@ -19,6 +19,7 @@ from attn_hooks import (
     Edit,
     HeadAffine,
     LoFiT,
+    MoBA,
     PowerAttention,
     SinkScale,
     Streaming,
@@ -68,6 +69,7 @@ CASES = [
         chunks=False,
     ),
     Case(LoFiT(heads=((1, 2), (3, 0)), offset=OFFSET[1, :2]), LoFiT(heads=((1, 2),), offset=torch.zeros(1, HEAD_DIM))),
+    Case(MoBA(block=2, top_k=2), MoBA(block=2, top_k=500), frozen_on_prompt=True, chunks=False),
     Case(PAI(gamma=1.0, alpha=0.9), PAI(gamma=1.0, alpha=0.0), frozen_on_prompt=True, chunks=False),
     Case(
         PASTA(spans=(((1, 3),),), alpha=0.05, prompt_length=PROMPT),

@@ -2,7 +2,8 @@
 
 Source of the algorithm: FlashAttention-2 (Dao 2023, arXiv 2307.08691), over lists of keys. A program owns a tile of queries of
 one head. It visits whole tiles of keys, which need no mask, then single columns, which are gathered, then tiles that need a
-mask. Static patterns have no lists: the program finds its ranges of keys from the positions of its own rows. Every key is
+mask. Static patterns have no lists: the program finds its ranges of keys from the positions of its own rows. Where each query has
+chosen for itself, the lists hold what any row of the tile has, and the others' logits there are masked. Every key is
 visited at most once by a row, so that the softmax is that of the visited keys.
 """
 
@@ -18,7 +19,7 @@ from attn_kernels.edited_attention.launch import ceil_div, last_contiguous, laun
 from attn_kernels.edited_attention.tiles import LN_2, LOG2_E, capped, scores
 from attn_kernels.inputs import AttentionInputs
 from attn_kernels.patterns import Pattern, PowerOfTwoBlocks, SinkAndWindow
-from attn_kernels.sparse_attention.visits import Visits
+from attn_kernels.sparse_attention.visits import RowChoice, Visits
 
 # How a program finds its keys.
 LISTS, SINK_AND_WINDOW, POWER_OF_TWO_BLOCKS = 0, 1, 2
@@ -226,6 +227,12 @@ def _sparse_flash(
     column_h,
     column_heads,
     column_tiles,
+    row_choice,
+    choice_b,
+    choice_h,
+    choice_block,
+    choice_heads,
+    tiles_of_block,
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_PADDING: tl.constexpr,
@@ -236,6 +243,7 @@ def _sparse_flash(
     HAS_WHOLE: tl.constexpr,
     HAS_PART: tl.constexpr,
     HAS_COLUMNS: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     WRITE_LSE: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -356,15 +364,23 @@ def _sparse_flash(
         )  # fmt: skip
 
     scale = 1.0 if HAS_SOFTCAP else scaling * LOG2_E
+    if HAS_ROWS:
+        # By number from the first real query on, as tiles are.
+        number = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        row_choice += batch * choice_b + (head * choice_heads // num_heads) * choice_h + number
     if HAS_WHOLE:
         of_tile = batch * whole_b + (head * whole_heads // num_heads) * whole_h + row_tile
         begin = tl.load(whole_begin + of_tile)
         stop = tl.load(whole_stop + of_tile)
         for entry in tl.range(begin, stop, num_stages=STAGES):
-            first = tl.load(whole_pool + entry).to(tl.int64) * BLOCK_M + first_key
+            tile_number = tl.load(whole_pool + entry).to(tl.int64)
+            first = tile_number * BLOCK_M + first_key
             key_tile = load_whole_tile(key_base + first * k_m, in_m * k_m, in_d, D, BLOCK_D, True)
             value_tile = load_whole_tile(value_base + first * v_m, in_m * v_m, in_dv, DV, BLOCK_DV, False)
             logits = _logits(query_tile, key_tile, softcap, scaling, HAS_SOFTCAP, PRECISION)
+            if HAS_ROWS:
+                of_block = row_choice + tile_number // tiles_of_block * choice_block
+                logits = tl.where(tl.load(of_block, mask=row_inside, other=0)[:, None] != 0, logits, float("-inf"))
             accumulator, total, highest, _, _ = accumulate(
                 logits, scale, value_tile, accumulator, total, highest, PRECISION
             )
@@ -396,11 +412,15 @@ def _sparse_flash(
         begin = tl.load(part_begin + of_tile)
         stop = tl.load(part_stop + of_tile)
         for entry in tl.range(begin, stop, num_stages=PART_STAGES):
-            keys = tl.load(part_pool + entry) * BLOCK_M + in_m + first_key
+            tile_number = tl.load(part_pool + entry)
+            keys = tile_number * BLOCK_M + in_m + first_key
             inside = keys < num_keys
             key_tile = load_tile(key_base, keys.to(tl.int64) * k_m, in_d, D, BLOCK_D, inside, True)
             value_tile = load_tile(value_base, keys.to(tl.int64) * v_m, in_dv, DV, BLOCK_DV, inside, False)
             seen = inside[None, :] & _seen(rows, keys, first_key, window, 0, 0, 0, 0, CAUSAL, HAS_WINDOW, 0)
+            if HAS_ROWS:
+                of_block = row_choice + tile_number.to(tl.int64) // tiles_of_block * choice_block
+                seen = seen & (tl.load(of_block, mask=row_inside, other=0)[:, None] != 0)
             logits = _logits(query_tile, key_tile, softcap, scaling, HAS_SOFTCAP, PRECISION)
             logits = tl.where(seen, logits, float("-inf"))
             accumulator, total, highest, _, _ = accumulate(
@@ -490,6 +510,7 @@ def sparse_flash(
             block_n, block_m, warps, stages = SMALL_BLOCKS
     else:
         raise TypeError(f"no kernel knows the pattern {visited!r}")
+    row_choice = visited.rows if isinstance(visited, Visits) else None
     sinks = None if inputs.sink_logits is None else inputs.sink_logits.expand(batch, num_heads, num_queries)
     launch(
         _sparse_flash,
@@ -527,6 +548,7 @@ def sparse_flash(
                 )
             ),
             1 if lists["columns"] is None else lists["columns"].tiles,
+            *((None, 0, 0, 0, 0, 1) if row_choice is None else _of_row_choice(row_choice, block_m)),
         ),
         {
             "CAUSAL": inputs.causal,
@@ -539,6 +561,7 @@ def sparse_flash(
             "HAS_WHOLE": lists["whole"] is not None,
             "HAS_PART": lists["part"] is not None,
             "HAS_COLUMNS": lists["columns"] is not None,
+            "HAS_ROWS": row_choice is not None,
             "WRITE_LSE": with_log_sum_exp,
             "D": head_dim,
             "DV": value_dim,
@@ -553,6 +576,11 @@ def sparse_flash(
         warps,
     )
     return output, log_sum_exp
+
+
+def _of_row_choice(rows: RowChoice, key_tile: int) -> tuple[Tensor, int, int, int, int, int]:
+    chosen = rows.chosen.view(torch.uint8)
+    return chosen, *strides_of(chosen), chosen.stride(2), chosen.shape[1], rows.block // key_tile
 
 
 def warps_and_stages_of_lists(visits: Visits, dtype: torch.dtype, block_d: int) -> tuple[int, int]:

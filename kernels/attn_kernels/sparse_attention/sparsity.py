@@ -15,10 +15,8 @@ from attn_kernels.inputs import AttentionInputs
 from attn_kernels.patterns import KeyTiles, Pattern, PowerOfTwoBlocks, SinkAndWindow
 from attn_kernels.primitives import HeadAffine, Primitive, Sparsity
 from attn_kernels.sparse_attention.sparse_flash import sparse_flash
-from attn_kernels.sparse_attention.visits import visits_of
+from attn_kernels.sparse_attention.visits import TILE_SIZES, visits_of
 
-# Rows or keys of a tile that the matrix units take, and that fit into a multiprocessor.
-TILE_SIZES = (16, 32, 64, 128)
 ROWS_COMPARED_AT_ONCE = 1024
 
 
@@ -45,6 +43,9 @@ def lower_sparsity(inputs: AttentionInputs, edits: Sequence[Primitive]) -> Lower
 def pattern_refusal(pattern: Pattern | KeyTiles) -> str | None:
     """Why no kernel knows a pattern; None if one does."""
     if isinstance(pattern, KeyTiles):
+        if pattern.query_tile == 1 and pattern.columns is None:
+            smallest = TILE_SIZES[0]
+            return f"{pattern}: no multiple of {smallest} keys" if pattern.key_tile % smallest else None
         sizes = (pattern.query_tile, pattern.key_tile)
         return None if all(size in TILE_SIZES for size in sizes) else f"{pattern}: tiles are of {TILE_SIZES}"
     return None if isinstance(pattern, SinkAndWindow | PowerOfTwoBlocks) else f"the pattern {pattern}"
