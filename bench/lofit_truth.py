@@ -1,21 +1,26 @@
 """Does it matter which heads LoFiT tunes? The paper's comparison (arXiv 2406.01563) on testbed-lm and generated data.
 
-    python -m bench.lofit_truth --out bench/results/lofit-truth.json                  # 3 seeds; hours on a CPU
-    python -m bench.lofit_truth --seeds 0 --train 8 --test 8 --epochs 1 --ranks 1     # a look, minutes on a CPU
+    python -m bench.lofit_truth --processes 8 --out bench/results/lofit-truth.json     # 3 seeds; minutes on a GPU
+    python -m bench.lofit_truth --seeds 0 --train 8 --test 8 --epochs 1 --arms "lora 1"   # a look
 
-Exact match on two-hop questions of the model as it is, ITI, LoFiT on heads that its first stage selected, on random heads and on
-heads selected for kinship, and LoRA on q_proj and v_proj. Each seed has its own data, start values and random heads. Intervals
-are of paired differences to the model as it is, resampling examples within each seed. ITI contrasts each prompt's answer with
-that of the next example. Arms that the file holds are not run again.
+Exact match on two-hop questions of the model as it is, ITI, LoFiT on heads that its first stage selected, on heads by ITI's
+probes, on random heads and on heads selected for kinship, RED, and LoRA on q_proj and v_proj. Every arm has a grid of as many
+settings (learning rates; ITI's strength), of which the best on a seed of its own (``--tuning-seed``) runs on the others. Each seed
+has its own data, start values and random heads. Intervals are of paired differences to the model as it is, resampling examples
+within each seed. ITI contrasts each prompt's answer with that of the next example. What the file holds is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import multiprocessing
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,38 +31,76 @@ from transformers import set_seed
 import attn_hooks
 from attn_eval.environment import describe_environment
 from attn_eval.run_log import RunLog
+from attn_eval.runner import progress_bars
 from attn_eval.statistics import compare_paired
 from attn_eval.training.encoding import OpenPromptEncoder, encode_pair, pad_token, padded
 from attn_eval.training.examples import Completion
 from attn_eval.training.measuring import measured
 from attn_eval.training.recipe import LofitRecipe, Stage
-from attn_eval.training.running import Workplace, select
+from attn_eval.training.running import Head, Workplace, select
 from attn_eval.training.stages import train_stage, write_json
-from attn_hooks.lofit import random_heads
+from attn_hooks.lofit import RedConfig, random_heads
 from attn_hooks.probes import HeadOutputs, fit_iti, probe_heads
 
 BASE = "base"
+SELECTED, PROBES, RANDOM, OTHER = "lofit, selected", "lofit, probes", "lofit, random", "lofit, other task"
+TASK, OTHER_TASK = "two_hop", "kinship"
+LOFIT_RATES = (1e-2, 3e-2, 1e-1)
+LORA_RATES = (1e-3, 3e-3, 1e-2)
+# Of each arm: learning rates, or ITI's alpha.
+GRIDS: dict[str, tuple[float, ...]] = {
+    BASE: (0.0,),
+    "iti": (2.0, 5.0, 15.0),
+    **dict.fromkeys((SELECTED, PROBES, RANDOM, OTHER), LOFIT_RATES),
+    "red": LOFIT_RATES,
+    **{f"lora {rank}": LORA_RATES for rank in (1, 2, 4, 8)},
+}
 
 
-def recipe_of(task: str, seed: int, options: argparse.Namespace) -> LofitRecipe:
-    sizes = {"train": options.train, "validation": 0, "test": options.test}
+@dataclass(frozen=True)
+class Settings:
+    """What all arms have in common; sizes in examples."""
+
+    train: int
+    test: int
+    epochs: int
+    heads: int
+    selection_rate: float
+    tuning_seed: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One arm at one setting on one seed, or with ``arm`` None the ranking of a task's heads on a seed."""
+
+    seed: int
+    arm: str | None
+    setting: float = 0.0
+    task: str = TASK
+
+    @property
+    def key(self) -> str:
+        return f"{self.seed}/rank {self.task}" if self.arm is None else f"{self.seed}/{self.arm}/{self.setting:g}"
+
+
+def recipe_of(task: str, seed: int, rate: float, settings: Settings) -> LofitRecipe:
     return LofitRecipe.model_validate(
         {
             "name": f"truth/{task}",
             "model": "testbed-lm",
             "dtype": "float32",
-            "data": {"set": task, **sizes},
-            "selection": {"learning_rate": options.selection_rate, "epochs": options.epochs},
-            "tuning": {"learning_rate": options.rate, "epochs": options.epochs},
-            "num_heads": options.heads,
+            "data": {"set": task, "train": settings.train, "validation": 0, "test": settings.test},
+            "selection": {"learning_rate": settings.selection_rate, "epochs": settings.epochs},
+            "tuning": {"learning_rate": rate or 1.0, "epochs": settings.epochs},
+            "num_heads": settings.heads,
             "new_tokens": 10,
             "seed": seed,
         }
     )
 
 
-def iti_of(place: Workplace, heads: int) -> Any:
-    """ITI from the training prompts with their answer and with that of the next example."""
+def outputs_of(place: Workplace) -> tuple[HeadOutputs, list[int], list[int]]:
+    """Head outputs of the training prompts with their answer and with that of the next example, labels and groups."""
     encoder, rows, labels, groups = OpenPromptEncoder(place.tokenizer), [], [], []
     examples = [example for example in place.splits.train if isinstance(example, Completion)]
     for number, example in enumerate(examples):
@@ -71,8 +114,7 @@ def iti_of(place: Workplace, heads: int) -> Any:
     inputs = [
         {name: batch[name].to(place.model.device) for name in ("input_ids", "attention_mask")} for batch in batches
     ]
-    outputs = HeadOutputs.collect(place.model, inputs)
-    return fit_iti(outputs, labels, probe_heads(outputs, labels, groups=groups).select(k=heads))
+    return HeadOutputs.collect(place.model, inputs), labels, groups
 
 
 def scores(place: Workplace, model: Any, folder: Path) -> list[float]:
@@ -82,65 +124,76 @@ def scores(place: Workplace, model: Any, folder: Path) -> list[float]:
     return [float(log.records["edited", example.id]["score"]) for example in place.splits.test]
 
 
-def trained(place: Workplace, model: Any, stage: Stage, folder: Path) -> tuple[list[float], int]:
+def trained(place: Workplace, model: Any, stage: Stage, folder: Path) -> dict[str, Any]:
     numbers = sum(value.numel() for value in model.parameters() if value.requires_grad)
     train_stage(model, place.tokenizer, place.splits, stage, place.recipe, folder, folder.name, console=place.console)
-    found = scores(place, model, folder)
-    place.model = model.unload()
-    return found, numbers
+    return {"scores": scores(place, model, folder), "trained_numbers": numbers}
 
 
-def run_seed(seed: int, options: argparse.Namespace, done: dict[str, Any], save: Any) -> None:
-    work = Path(tempfile.mkdtemp())
-    console = Console(stderr=True)
-    place = Workplace(recipe_of("two_hop", seed, options), work / "two_hop", console)
-    other = Workplace(recipe_of("kinship", seed, options), work / "kinship", console)
-    count = options.heads
+def run_job(job: Job, settings: Settings, rankings: dict[str, list[Head]]) -> dict[str, Any]:
+    """What a job found: ``heads``, the best first, or ``scores`` by test example and ``trained_numbers``."""
+    quiet = Console(file=open(os.devnull, "w"))  # noqa: SIM115 (rich writes to it until the process ends)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        place = Workplace(recipe_of(job.task, job.seed, job.setting, settings), work / job.task, quiet)
+        if job.arm is None:
+            return {"heads": [(layer, head) for layer, head, _ in select(place)]}
+        if job.arm == BASE:
+            return {"scores": scores(place, place.model, work / BASE), "trained_numbers": 0}
+        if job.arm in ("iti", PROBES):
+            outputs, labels, groups = outputs_of(place)
+            heads = probe_heads(outputs, labels, groups=groups).select(k=settings.heads)
+            if job.arm == "iti":
+                edit = fit_iti(outputs, labels, heads, alpha=job.setting)
+                with attn_hooks.editing(place.model, edit):
+                    return {
+                        "scores": scores(place, place.model, work / "iti"),
+                        "trained_numbers": edit.direction.numel(),
+                    }
+        elif job.arm == RANDOM:
+            heads = random_heads(place.model, k=settings.heads, seed=job.seed)
+        elif job.arm in (SELECTED, OTHER):
+            task = TASK if job.arm == SELECTED else OTHER_TASK
+            heads = rankings[Job(job.seed, None, task=task).key][: settings.heads]
+        else:
+            set_seed(job.seed)
+            config: Any = RedConfig(task_type="CAUSAL_LM")
+            if job.arm != "red":
+                rank = int(job.arm.removeprefix("lora "))
+                config = LoraConfig(
+                    r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+                )
+            return trained(place, get_peft_model(place.model, config), place.recipe.tuning, work / job.arm)
+        heads = [(layer, head) for layer, head in heads]
+        return trained(place, place.adapted(heads=heads), place.recipe.tuning, work / job.arm) | {"heads": heads}
 
-    def lofit(name: str, heads: Sequence[tuple[int, int]]) -> tuple[list[float], int]:
-        return trained(place, place.adapted(heads=list(heads)), place.recipe.tuning, work / name)
 
-    def lora(rank: int) -> tuple[list[float], int]:
-        set_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-        stage = place.recipe.tuning.model_copy(update={"learning_rate": options.lora_rate})
-        return trained(place, get_peft_model(place.model, config), stage, work / f"lora{rank}")
-
-    def iti() -> tuple[list[float], int]:
-        edit = iti_of(place, count)
-        with attn_hooks.editing(place.model, edit):
-            return scores(place, place.model, work / "iti"), edit.direction.numel()
-
-    arms = {
-        BASE: lambda: (scores(place, place.model, work / BASE), 0),
-        "iti": iti,
-        "lofit, selected": lambda: lofit("selected", [(layer, head) for layer, head, _ in select(place)[:count]]),
-        "lofit, random": lambda: lofit("random", random_heads(place.model, k=count, seed=seed)),
-        "lofit, other task": lambda: lofit("other", [(layer, head) for layer, head, _ in select(other)[:count]]),
-        **{f"lora {rank}": (lambda rank=rank: lora(rank)) for rank in options.ranks},
-    }
-    for name, arm in arms.items():
-        if f"{seed}/{name}" not in done:
-            found, numbers = arm()
-            done[f"{seed}/{name}"] = {"scores": found, "trained_numbers": numbers}
-            save()
-    shutil.rmtree(work, ignore_errors=True)
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
-def rows_of(done: dict[str, Any], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Accuracy of each arm that all seeds have, and its paired difference to the model as it is."""
+def chosen_setting(done: dict[str, Any], arm: str, seed: int) -> float:
+    """The best of the arm's grid on the tuning seed; of equal ones the smallest."""
+    return max(GRIDS[arm], key=lambda setting: (mean(done[Job(seed, arm, setting).key]["scores"]), -setting))
+
+
+def rows_of(done: dict[str, Any], seeds: Sequence[int], settings: dict[str, float]) -> list[dict[str, Any]]:
+    """Accuracy of each arm at its setting that all seeds have, and its paired difference to the model as it is."""
     rows = []
-    for name in dict.fromkeys(key.split("/", 1)[1] for key in done):
-        if not all(f"{seed}/{name}" in done for seed in seeds):
+    for arm, setting in settings.items():
+        keys = [Job(seed, arm, setting).key for seed in seeds]
+        bases = [Job(seed, BASE).key for seed in seeds]
+        if not all(key in done for key in (*keys, *bases)):
             continue
-        base, found = ([done[f"{seed}/{arm}"]["scores"] for seed in seeds] for arm in (BASE, name))
+        base, found = ([done[key]["scores"] for key in of] for of in (bases, keys))
         paired = compare_paired(base, found, 0)
         rows.append(
             {
-                "arm": name,
-                "trained_numbers": done[f"{seeds[0]}/{name}"]["trained_numbers"],
+                "arm": arm,
+                "setting": setting,
+                "trained_numbers": done[keys[0]]["trained_numbers"],
                 "accuracy": paired.edited,
-                "by_seed": [sum(scored) / len(scored) for scored in found],
+                "by_seed": [mean(scored) for scored in found],
                 "difference": paired.difference,
                 "interval": paired.interval,
             }
@@ -150,8 +203,8 @@ def rows_of(done: dict[str, Any], seeds: Sequence[int]) -> list[dict[str, Any]]:
 
 def table_of(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "| arm | trained numbers | accuracy | by seed | difference | 95 % interval |",
-        "|---|---:|---:|---|---:|---|",
+        "| arm | setting | trained numbers | accuracy | by seed | difference | 95 % interval |",
+        "|---|---:|---:|---:|---|---:|---|",
     ]
     for row in rows:
         by_seed = ", ".join(f"{100 * value:.1f}" for value in row["by_seed"])
@@ -159,37 +212,107 @@ def table_of(rows: Sequence[dict[str, Any]]) -> str:
             "" if row["interval"] is None else f"{100 * row['interval'][0]:+.1f} to {100 * row['interval'][1]:+.1f}"
         )
         values = f"{100 * row['accuracy']:.1f} | {by_seed} | {100 * row['difference']:+.1f} | {interval}"
-        lines.append(f"| {row['arm']} | {row['trained_numbers']:,} | {values} |")
+        setting = "" if row["arm"] == BASE else f"{row['setting']:g}"
+        lines.append(f"| {row['arm']} | {setting} | {row['trained_numbers']:,} | {values} |")
     return "\n".join(lines)
 
 
+def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
+    """Accuracy by arm; a point is a seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 0.4 * len(rows) + 1))
+    for place, row in enumerate(reversed(rows)):
+        axes.barh(place, 100 * row["accuracy"], color="tab:blue" if row["arm"].startswith("lofit") else "silver")
+        axes.plot([100 * value for value in row["by_seed"]], [place] * len(row["by_seed"]), "k.")
+    axes.set_yticks(range(len(rows)), [f"{row['arm']} ({row['trained_numbers']:,})" for row in reversed(rows)])
+    axes.set_xlabel("exact match, %")
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
+class Study:
+    """Runs jobs in several processes and keeps each result in the file at once."""
+
+    def __init__(self, settings: Settings, out: Path, processes: int) -> None:
+        self.settings, self.out, self.processes = settings, out, processes
+        kept = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else None
+        if kept is not None and kept["settings"] != vars(settings):
+            raise ValueError(f"{out} was measured with other settings: give another --out")
+        self.done: dict[str, Any] = {} if kept is None else kept["jobs"]
+        self.rows: list[dict[str, Any]] = []
+
+    def run(self, seeds: Sequence[int], arms: Sequence[str]) -> None:
+        tuning = self.settings.tuning_seed
+        tasks = [task for arm, task in ((SELECTED, TASK), (OTHER, OTHER_TASK)) if arm in arms]
+        self._run("rank heads", [Job(seed, None, task=task) for seed in (tuning, *seeds) for task in tasks])
+        self._run("tune", [Job(tuning, arm, setting) for arm in arms for setting in GRIDS[arm]])
+        chosen = {arm: chosen_setting(self.done, arm, tuning) for arm in arms}
+        self._run("test", [Job(seed, arm, setting) for seed in seeds for arm, setting in chosen.items()])
+        self.rows = rows_of(self.done, seeds, chosen)
+        self._save()
+
+    def _run(self, title: str, jobs: Iterable[Job]) -> None:
+        todo = [job for job in jobs if job.key not in self.done]
+        rankings = {
+            key: [tuple(head) for head in found["heads"]] for key, found in self.done.items() if "/rank " in key
+        }
+        work: Callable[[Job], dict[str, Any]] = partial(run_job, settings=self.settings, rankings=rankings)
+        with progress_bars(Console(stderr=True)) as progress:
+            bar = progress.add_task(title, total=len(todo))
+            if self.processes == 1:
+                for job in todo:
+                    self._keep(job, work(job))
+                    progress.advance(bar)
+                return
+            with ProcessPoolExecutor(self.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+                running = {pool.submit(work, job): job for job in todo}
+                for finished in as_completed(running):
+                    self._keep(running[finished], finished.result())
+                    progress.advance(bar)
+
+    def _keep(self, job: Job, found: dict[str, Any]) -> None:
+        self.done[job.key] = found
+        self._save()
+
+    def _save(self) -> None:
+        meta = {"settings": vars(self.settings), "environment": describe_environment()}
+        write_json(self.out, {**meta, "rows": self.rows, "jobs": self.done})
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tuning-seed", type=int, default=100, help="of the data on which settings are chosen")
+    parser.add_argument("--arms", help=f"a few of them, split by semicolons: {'; '.join(GRIDS)}")
     parser.add_argument("--train", type=int, default=300)
     parser.add_argument("--test", type=int, default=200)
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--selection-rate", type=float, default=2e-2)
-    parser.add_argument("--rate", type=float, default=5e-2)
-    parser.add_argument("--lora-rate", type=float, default=2e-3)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--heads", type=int, default=16, help="of the model's 48 that LoFiT and ITI change")
+    parser.add_argument("--selection-rate", type=float, default=3e-2, help="learning rate of LoFiT's first stage")
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("results/lofit-truth.json"))
     options = parser.parse_args()
-    settings = {key: value for key, value in vars(options).items() if key not in ("out", "seeds", "ranks")}
+    arms = list(GRIDS) if options.arms is None else [BASE, *(arm.strip() for arm in options.arms.split(";"))]
+    unknown = [arm for arm in arms if arm not in GRIDS]
+    if unknown:
+        parser.error(f"no such arm: {unknown[0]!r}; there are {', '.join(map(repr, GRIDS))}")
+    if options.tuning_seed in options.seeds:
+        parser.error(f"settings are chosen on seed {options.tuning_seed}: give another --tuning-seed, or other --seeds")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    kept = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else None
-    if kept is not None and kept["settings"] != settings:
-        parser.error(f"{options.out} was measured with other settings: give another --out")
-    done: dict[str, Any] = kept["arms"] if kept is not None else {}
-
-    def save() -> None:
-        write_json(options.out, {"settings": settings, "environment": describe_environment(), "arms": done})
-
-    for seed in options.seeds:
-        run_seed(seed, options, done, save)
-    table = table_of(rows_of(done, options.seeds))
+    settings = Settings(**{name: getattr(options, name) for name in Settings.__dataclass_fields__})
+    try:
+        study = Study(settings, options.out, options.processes)
+    except ValueError as problem:
+        parser.error(str(problem))
+    study.run(options.seeds, arms)
+    table = table_of(study.rows)
     options.out.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
+    plot(study.rows, options.out.with_suffix(".png"))
     print(table)
 
 
