@@ -16,6 +16,7 @@ from attn_hooks.methods.act import ACT
 from attn_hooks.methods.agla import AGLA
 from attn_hooks.methods.anchor import AnchorAttention
 from attn_hooks.methods.damro import DAMRO
+from attn_hooks.methods.dynamic_mask import DynamicMask
 from attn_hooks.methods.eah import EAH
 from attn_hooks.methods.head_affine import HeadAffine
 from attn_hooks.methods.imbalanced import Imbalanced
@@ -61,6 +62,7 @@ __all__ = [
     "AttentionCall",
     "AttnHooksError",
     "BlipRelevance",
+    "DynamicMask",
     "Edit",
     "EditError",
     "EditNeverActedWarning",

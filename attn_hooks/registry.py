@@ -20,6 +20,7 @@ SHIPPED = {
     "act": "attn_hooks.methods.act:ACT",
     "agla": "attn_hooks.methods.agla:AGLA",
     "anchor": "attn_hooks.methods.anchor:AnchorAttention",
+    "dynamic_mask": "attn_hooks.methods.dynamic_mask:DynamicMask",
     "eah": "attn_hooks.methods.eah:EAH",
     "damro": "attn_hooks.methods.damro:DAMRO",
     "head_affine": "attn_hooks.methods.head_affine:HeadAffine",

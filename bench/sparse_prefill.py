@@ -32,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from attn_hooks import (
     AnchorAttention,
     AttentionCall,
+    DynamicMask,
     Edit,
     MoBA,
     PowerAttention,
@@ -90,6 +91,8 @@ EDITS: dict[str, dict[str, Edit]] = {
         "theta 8": AnchorAttention(theta=8.0),
         "theta 4": AnchorAttention(theta=4.0),
     },
+    # Without W and A, which come from training: a window.
+    "dynamic_mask": {"window 2048": DynamicMask(window=2048)},
     "moba": {
         "3 of 2048": MoBA(block=2048, top_k=3),
         "12 of 512": MoBA(block=512, top_k=12),

@@ -28,6 +28,7 @@ from attn_hooks.call import AttentionCall
 from attn_hooks.edit import Edit, Heads, Layers, Positive, Reads, Scope, Writes
 from attn_hooks.real_tokens import first_key_and_row, from_place
 from attn_kernels import AttentionInputs, KeyTiles, Primitive, Sparsity
+from attn_kernels.patterns import largest
 
 # So many products of a query and a block's mean are in memory at once.
 MOST_SCORES = 2**26
@@ -104,13 +105,3 @@ def block_means(inputs: AttentionInputs, first_key: Tensor, block: int) -> tuple
     total = functional.pad(key, (0, 0, 0, missing)).unflatten(2, (-1, block)).sum(3, dtype=dtype)
     count = functional.pad(is_key, (0, 0, 0, missing)).unflatten(2, (-1, block)).sum(3)
     return total / count.clamp(min=1), count[:, 0, :, 0] > 0
-
-
-def largest(numbers: Tensor, count: int) -> Tensor:
-    """Where the ``count`` largest of each row ``(..., S)`` stand, bool; of equal ones the first."""
-    if count == 0:
-        return torch.zeros_like(numbers, dtype=torch.bool)
-    count = min(count, numbers.shape[-1])
-    border = numbers.topk(count).values[..., -1:]
-    above, equal = numbers > border, numbers == border
-    return above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))

@@ -180,6 +180,42 @@ class KeyTiles:
         return f"key tiles of {queries} and {self.key_tile} keys"
 
 
+@dataclass(frozen=True)
+class HeaviestKeys:
+    """Each query visits the ``count`` heaviest of the keys that the model's own rules let it see; of equal ones the newest.
+
+    Attributes:
+        weight: ``(b, h, M)`` float; ``b`` is B or 1.
+        count: keys visited.
+        group: so many consecutive query heads share each of the ``h``.
+    """
+
+    weight: Tensor
+    count: int
+    group: int = 1
+
+    def shown(self, inputs: AttentionInputs, rows: Rows) -> Tensor:
+        """``(B|1, h * group, n, M)`` bool for some of the call's queries. The model's mask must be the same for all heads."""
+        visible = inputs.visible(rows)
+        if visible.shape[1] > 1:
+            raise ValueError("a mask for each head leaves open which keys a group's heads choose from")
+        weight = self.weight[:, :, None].masked_fill(~visible, -torch.inf)
+        return largest(weight.flip(-1), self.count).flip(-1).repeat_interleave(self.group, 1)
+
+    def __repr__(self) -> str:
+        return f"the {self.count} heaviest keys"
+
+
+def largest(numbers: Tensor, count: int) -> Tensor:
+    """Where the ``count`` largest of each row ``(..., S)`` stand, bool; of equal ones the first."""
+    if count == 0:
+        return torch.zeros_like(numbers, dtype=torch.bool)
+    count = min(count, numbers.shape[-1])
+    border = numbers.topk(count).values[..., -1:]
+    above, equal = numbers > border, numbers == border
+    return above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+
+
 def first_real_key(inputs: AttentionInputs) -> Tensor:
     """``(B|1,)`` long: the place of each sample's first real key; 0 where it has none."""
     return inputs.key_valid.long().argmax(-1)

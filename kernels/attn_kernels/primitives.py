@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from attn_kernels.inputs import AttentionInputs, Rows
-from attn_kernels.patterns import KeyTiles, Pattern
+from attn_kernels.patterns import HeaviestKeys, KeyTiles, Pattern
 
 # A target below this share of the row's mass counts as none: float32 does not tell it from one without mass.
 SMALLEST_TARGET = 1e-30
@@ -30,8 +30,8 @@ SMALLEST_TARGET = 1e-30
 class LogitMap:
     """Before softmax, on the keys of a group: ``s <- scale * s + absolute * |s| + bias``. Identity: 1, 0, 0.
 
-    Coefficients are floats or tensors ``(H,)``. A bias of minus infinity removes the keys
-    for good: a later map does not bring them back.
+    Coefficients are floats or tensors ``(H,)``; a bias may be by key, too, ``(B|1, H|1, M)``. A bias of minus infinity
+    removes the keys for good: a later map does not bring them back.
     """
 
     keys: Tensor
@@ -68,13 +68,13 @@ class Sparsity:
     The last ``dense_rows`` of each sample's real queries in the call visit everything.
     """
 
-    pattern: Pattern | KeyTiles
+    pattern: Pattern | KeyTiles | HeaviestKeys
     heads: Tensor | None = None
     dense_rows: int = 0
 
     def shown(self, inputs: AttentionInputs, rows: Rows) -> Tensor:
         """``(B|1, H|1, n, M)`` bool: what the pattern shows to some of the queries, before the model's own rules."""
-        if isinstance(self.pattern, KeyTiles):
+        if isinstance(self.pattern, KeyTiles | HeaviestKeys):
             shown = self.pattern.shown(inputs, rows)
         else:
             query_position = inputs.query_position[:, None, rows, None]
@@ -181,7 +181,8 @@ def filled_to(edit: Primitive, num_keys: int) -> Primitive:
         return functional.pad(group, (0, num_keys - group.shape[-1]))
 
     if isinstance(edit, LogitMap):
-        return replace(edit, keys=fill(edit.keys))
+        by_key = isinstance(edit.bias, Tensor) and edit.bias.ndim == 3
+        return replace(edit, keys=fill(edit.keys), bias=fill(edit.bias) if by_key else edit.bias)
     if isinstance(edit, Order):
         allow, deny = (tuple((rows, fill(keys)) for rows, keys in pairs) for pairs in (edit.allow, edit.deny))
         return replace(edit, allow=allow, deny=deny)

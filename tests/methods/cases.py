@@ -16,6 +16,7 @@ from attn_hooks import (
     VAR,
     Ablate,
     AnchorAttention,
+    DynamicMask,
     Edit,
     HeadAffine,
     LoFiT,
@@ -59,6 +60,10 @@ CASES = [
         AnchorAttention(sink_blocks=500, block=2, step=2),
         frozen_on_prompt=True,
         chunks=False,
+    ),
+    Case(
+        DynamicMask(window=4, a=GAIN[:, :2] - 1, dt_weight=OFFSET.view(LAYERS, 2, 2 * HEAD_DIM) * 20),
+        DynamicMask(window=4096),
     ),
     Case(EAH(threshold=1e-6, layers=(1, 2)), EAH(threshold=1.0), frozen_on_prompt=True, chunks=False),
     Case(HeadAffine(gain=GAIN, offset=OFFSET), HeadAffine(gain=torch.ones_like(GAIN), offset=torch.zeros_like(OFFSET))),

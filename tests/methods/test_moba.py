@@ -15,8 +15,9 @@ from torch import Tensor
 
 import attn_hooks
 from attn_hooks import AttentionCall, MoBA
-from attn_hooks.methods.moba import chosen_blocks, largest
+from attn_hooks.methods.moba import chosen_blocks
 from attn_kernels import AttentionInputs, KeyTiles, Sparsity
+from attn_kernels.patterns import largest
 from attn_kernels.sparse_attention.sparse_flash import sparse_flash
 from attn_kernels.sparse_attention.sparsity import pattern_refusal
 from attn_kernels.sparse_attention.visits import visits_of

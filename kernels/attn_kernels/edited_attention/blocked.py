@@ -271,7 +271,7 @@ class _Block:
 
     def _mapped(self, edit: LogitMap, logits: Tensor) -> Tensor:
         """The map on all keys; terms that are neutral cost nothing."""
-        scale, absolute, bias = (self._per_head(c) for c in (edit.scale, edit.absolute, edit.bias))
+        scale, absolute, bias = (self._coefficient(c) for c in (edit.scale, edit.absolute, edit.bias))
         mapped = logits if isinstance(scale, float) and scale == 1 else scale * logits
         if not (isinstance(absolute, float) and absolute == 0):
             mapped = mapped + absolute * logits.abs()
@@ -320,6 +320,11 @@ class _Block:
         """A key group ``(B|1, H|1, M)`` as ``(B|1, h|1, 1, m)``."""
         keys = keys if keys.shape[1] == 1 else keys[:, self.heads]
         return self.columns_of(keys).unsqueeze(2)
+
+    def _coefficient(self, value: float | Tensor) -> float | Tensor:
+        if isinstance(value, Tensor) and value.ndim == 3:
+            return self._group(value).to(value.device, _compute_dtype(self.inputs.query))
+        return self._per_head(value)
 
     def _per_head(self, value: float | Tensor) -> float | Tensor:
         if isinstance(value, Tensor) and value.ndim:

@@ -330,6 +330,8 @@ def lower(inputs: AttentionInputs, edits: Sequence[Primitive]) -> LoweredEdits:
         raise NotLowered("a Sparsity pattern")
     if len(regroups) > 1:
         raise NotLowered("more than one Regroup")
+    if any(isinstance(edit.bias, Tensor) and edit.bias.ndim == 3 for edit in maps):
+        raise NotLowered("a bias by key")
     map_keys = _nibbles([keys.of(edit.keys) for edit in maps])
     map_rows = _nibbles([rows.of(edit.rows) for edit in maps])
     coefficients = [

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attn_kernels.edited_attention import blocked
 from attn_kernels.inputs import AttentionInputs
-from attn_kernels.patterns import KeyTiles, Pattern
+from attn_kernels.patterns import HeaviestKeys, KeyTiles, Pattern
 from attn_kernels.primitives import Primitive, Sparsity, filled_to
 
 LOW = 0.05
@@ -81,7 +81,7 @@ class Recall:
 @torch.no_grad()
 def measure_recall(
     inputs: AttentionInputs,
-    sparsity: Sparsity | Pattern | KeyTiles,
+    sparsity: Sparsity | Pattern | KeyTiles | HeaviestKeys,
     rows: Tensor | None = None,
     edits: Sequence[Primitive] = (),
 ) -> Recall:

@@ -61,7 +61,9 @@ def _logits(
         logits = logits + torch.where(bias > torch.finfo(inputs.bias.dtype).min / 2, bias, 0.0)
     for edit in edits:
         if isinstance(edit, LogitMap) and _in_scope(edit.heads, edit.rows, b, h, i):
-            scale, absolute, bias = (_pick_head(c, h) for c in (edit.scale, edit.absolute, edit.bias))
+            by_key = isinstance(edit.bias, Tensor) and edit.bias.ndim == 3
+            scale, absolute = (_pick_head(c, h) for c in (edit.scale, edit.absolute))
+            bias = _at(edit.bias, b, h).double() if by_key else _pick_head(edit.bias, h)
             mapped = scale * logits + absolute * logits.abs() + bias
             logits = torch.where(_at(edit.keys, b, h) & ~torch.isneginf(logits), mapped, logits)
     return logits

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from attn_kernels.edited_attention.head_affine import head_affine_
 from attn_kernels.edited_attention.lowering import LoweredEdits, NotLowered, indices_of_heads, lower, selected_heads
 from attn_kernels.inputs import AttentionInputs
-from attn_kernels.patterns import KeyTiles, Pattern, PowerOfTwoBlocks, SinkAndWindow
+from attn_kernels.patterns import HeaviestKeys, KeyTiles, Pattern, PowerOfTwoBlocks, SinkAndWindow
 from attn_kernels.primitives import HeadAffine, Primitive, Sparsity
 from attn_kernels.sparse_attention.sparse_flash import sparse_flash
 from attn_kernels.sparse_attention.visits import TILE_SIZES, visits_of
@@ -40,7 +40,7 @@ def lower_sparsity(inputs: AttentionInputs, edits: Sequence[Primitive]) -> Lower
     return replace(lower(inputs, affine), sparsity=patterns[0], heads=selected_heads(edits), unscoped=None)
 
 
-def pattern_refusal(pattern: Pattern | KeyTiles) -> str | None:
+def pattern_refusal(pattern: Pattern | KeyTiles | HeaviestKeys) -> str | None:
     """Why no kernel knows a pattern; None if one does."""
     if isinstance(pattern, KeyTiles):
         if pattern.query_tile == 1 and pattern.columns is None:
@@ -82,6 +82,7 @@ def sparse_attention(
     if heads is None or len(heads):
         first_keys = _padding(inputs)[0] if inputs.padded else None
         pattern = sparsity.pattern
+        assert not isinstance(pattern, HeaviestKeys)
         visited = visits_of(pattern, inputs, first_keys) if isinstance(pattern, KeyTiles) else pattern
         output, _ = sparse_flash(inputs, visited, heads, output, first_keys, dense_rows=sparsity.dense_rows)
     assert output is not None
