@@ -4,7 +4,7 @@
     python -m bench.lofit_truth --seeds 0 --train 8 --test 8 --epochs 1 --arms "lora 1"   # a look
 
 Exact match on two-hop questions of the model as it is, ITI, LoFiT on heads that its first stage selected, on heads by ITI's
-probes, on random heads and on heads selected for kinship, RED, and LoRA on q_proj and v_proj. Every arm has a grid of as many
+probes, on random heads and on heads selected for kinship, RED, and LoRA on q_proj and v_proj. Every arm has a grid of
 settings (learning rates; ITI's strength), of which the best on a seed of its own (``--tuning-seed``) runs on the others. Each seed
 has its own data, start values and random heads. Intervals are of paired differences to the model as it is, resampling examples
 within each seed. ITI contrasts each prompt's answer with that of the next example. What the file holds is not run again.
@@ -45,8 +45,8 @@ from attn_hooks.probes import HeadOutputs, fit_iti, probe_heads
 BASE = "base"
 SELECTED, PROBES, RANDOM, OTHER = "lofit, selected", "lofit, probes", "lofit, random", "lofit, other task"
 TASK, OTHER_TASK = "two_hop", "kinship"
-LOFIT_RATES = (1e-2, 3e-2, 1e-1)
-LORA_RATES = (1e-3, 3e-3, 1e-2)
+LOFIT_RATES = (1e-2, 3e-2, 1e-1, 3e-1)
+LORA_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 # Of each arm: learning rates, or ITI's alpha.
 GRIDS: dict[str, tuple[float, ...]] = {
     BASE: (0.0,),

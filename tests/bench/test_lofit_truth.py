@@ -30,8 +30,8 @@ def test_rows_are_means_over_seeds_and_paired_differences() -> None:
 
 
 def test_the_setting_is_the_best_of_the_tuning_seed() -> None:
-    low, middle, high = GRIDS["red"]
-    done = {Job(7, "red", setting).key: {"scores": [0.0, 1.0]} for setting in (low, high)}
+    low, middle = GRIDS["red"][:2]
+    done = {Job(7, "red", setting).key: {"scores": [0.0, 1.0]} for setting in GRIDS["red"]}
     done[Job(7, "red", middle).key] = {"scores": [1.0, 1.0]}
     assert chosen_setting(done, "red", 7) == middle
     done[Job(7, "red", middle).key] = {"scores": [0.0, 0.0]}
