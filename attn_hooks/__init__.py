@@ -27,6 +27,7 @@ from attn_hooks.methods.opera import Opera
 from attn_hooks.methods.pai import PAI
 from attn_hooks.methods.pasta import PASTA
 from attn_hooks.methods.power import PowerAttention
+from attn_hooks.methods.s2 import S2Attention
 from attn_hooks.methods.sink_scale import SinkScale
 from attn_hooks.methods.spin import SPIN
 from attn_hooks.methods.streaming import Streaming
@@ -76,6 +77,7 @@ __all__ = [
     "Opera",
     "PatchGrid",
     "PowerAttention",
+    "S2Attention",
     "SinkScale",
     "Streaming",
     "TokenKind",

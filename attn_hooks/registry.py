@@ -32,6 +32,7 @@ SHIPPED = {
     "pai": "attn_hooks.methods.pai:PAI",
     "pasta": "attn_hooks.methods.pasta:PASTA",
     "power": "attn_hooks.methods.power:PowerAttention",
+    "s2": "attn_hooks.methods.s2:S2Attention",
     "sink_scale": "attn_hooks.methods.sink_scale:SinkScale",
     "spin": "attn_hooks.methods.spin:SPIN",
     "streaming": "attn_hooks.methods.streaming:Streaming",

@@ -36,6 +36,7 @@ from attn_hooks import (
     Edit,
     MoBA,
     PowerAttention,
+    S2Attention,
     Streaming,
     TokenLayout,
     VerticalSlash,
@@ -90,6 +91,10 @@ EDITS: dict[str, dict[str, Edit]] = {
         "theta 12": AnchorAttention(theta=12.0),
         "theta 8": AnchorAttention(theta=8.0),
         "theta 4": AnchorAttention(theta=4.0),
+    },
+    "s2": {
+        "16 local, stride 8": S2Attention(local_blocks=16, stride=8),
+        "8 local, stride 16 by query head": S2Attention(local_blocks=8, stride=16, shards="query_heads"),
     },
     # Without W and A, which come from training: a window.
     "dynamic_mask": {"window 2048": DynamicMask(window=2048)},

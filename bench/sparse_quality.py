@@ -61,6 +61,11 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"block": 64, "step": 8, "theta": 8.0},
         {"block": 64, "step": 8, "theta": 12.0},
     ),
+    "s2": (
+        {"local_blocks": 4, "stride": 6, "shards": "query_heads"},
+        {"local_blocks": 16, "stride": 6, "shards": "query_heads"},
+        {"local_blocks": 16, "stride": 2},
+    ),
     "dynamic_mask": ({"window": 512}, {"window": 1024}, {"window": 4096}),
     "moba": (
         {"block": 128, "top_k": 4},

@@ -8,7 +8,7 @@ from attn_kernels.edited_attention.lowering import head_selection, indices_of_he
 from attn_kernels.edited_attention.recall import Fidelity, Recall, measure_recall
 from attn_kernels.edited_attention.reference import edited_attention_reference
 from attn_kernels.inputs import AttentionInputs
-from attn_kernels.patterns import HeaviestKeys, KeyTiles, Pattern, PowerOfTwoBlocks, SinkAndWindow
+from attn_kernels.patterns import HeaviestKeys, KeyTiles, Pattern, PowerOfTwoBlocks, ShardedBlocks, SinkAndWindow
 from attn_kernels.primitives import Gate, HeadAffine, LogitMap, Order, Primitive, Ranking, Regroup, Sparsity, Tap
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Ranking",
     "Recall",
     "Regroup",
+    "ShardedBlocks",
     "SinkAndWindow",
     "Sparsity",
     "Tap",

@@ -66,6 +66,29 @@ class PowerOfTwoBlocks:
 
 
 @dataclass(frozen=True)
+class ShardedBlocks:
+    """A local window of blocks, and of those further back every so many, others in each head (S2-Attention, section 2).
+
+    With ``n`` the distance in blocks, a pair is visible iff ``n < local_blocks`` or the key's block plus the head's phase is a
+    multiple of ``stride``.
+    """
+
+    block: int
+    local_blocks: int
+    stride: int
+    phases: Tensor  # (H,) int32
+
+    def visible(self, query_position: Tensor, key_position: Tensor) -> Tensor:
+        query_block = torch.div(query_position, self.block, rounding_mode="floor")
+        key_block = torch.div(key_position, self.block, rounding_mode="floor")
+        in_shard = (key_block + self.phases[:, None, None]) % self.stride == 0
+        return (query_block - key_block < self.local_blocks) | in_shard
+
+    def __repr__(self) -> str:
+        return f"{self.local_blocks} local blocks of {self.block} and one in {self.stride} further back"
+
+
+@dataclass(frozen=True)
 class Stripes:
     """Single keys that consecutive tiles of queries visit together.
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attn_hooks.last_row import in_last_row, last_row_of
-from attn_kernels import AttentionInputs, KeyTiles, PowerOfTwoBlocks, SinkAndWindow, Sparsity
+from attn_kernels import AttentionInputs, KeyTiles, PowerOfTwoBlocks, ShardedBlocks, SinkAndWindow, Sparsity
 from attn_kernels.patterns import Pattern, Stripes, first_real_key
 from attn_kernels.sparse_attention.sparse_flash import sparse_flash
 from attn_kernels.sparse_attention.visits import Lists, Visits, lists_of, visits_of
@@ -19,6 +19,7 @@ from tests.kernels.triton_device import DEVICE, on_device
 
 # Tiles so small that a toy call has several of them.
 SMALL = (16, 16, 4, 1)
+SHARDS = ShardedBlocks(16, 1, 3, torch.tensor([0, 2, 1, 0], dtype=torch.int32, device=DEVICE))
 
 
 @st.composite
@@ -210,6 +211,25 @@ def test_stripes_of_some_tiles_equal_their_mask(
     assert torch.equal(of_last_row, (shown & inputs.key_valid[:, None, None])[:, :, -1:].expand_as(of_last_row))
 
 
+@given(
+    padded_calls(),
+    st.sampled_from([16, 32, 48]),
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.lists(st.integers(0, 7), min_size=4, max_size=4),
+)
+@settings(max_examples=80, deadline=None)
+def test_sharded_blocks_equal_their_mask(
+    case: tuple[AttentionInputs, Tensor | None], block: int, local_blocks: int, stride: int, phases: list[int]
+) -> None:
+    """Rows of one tile that lie in two blocks among them."""
+    inputs, first_keys = case
+    of_heads = torch.tensor(phases[: inputs.num_heads], dtype=torch.int32, device=DEVICE)
+    pattern = ShardedBlocks(block, local_blocks, stride, of_heads)
+    found = sparse_flash(inputs, pattern, first_keys=first_keys, with_log_sum_exp=True, config=SMALL)
+    compare(inputs, found, expected(inputs, patterned(inputs, pattern)))
+
+
 @given(padded_calls(), st.booleans(), st.sampled_from([16, 48, 64, 160]), st.floats(0, 1), st.integers(0, 2**31))
 @settings(max_examples=60, deadline=None)
 def test_blocks_chosen_by_query_equal_their_mask(
@@ -260,7 +280,7 @@ def plain_call(num_queries: int, num_keys: int, head_dim: int, dtype: torch.dtyp
     )
 
 
-@pytest.mark.parametrize("pattern", [SinkAndWindow(4, 40), PowerOfTwoBlocks(16, 2, 1)], ids=str)
+@pytest.mark.parametrize("pattern", [SinkAndWindow(4, 40), PowerOfTwoBlocks(16, 2, 1), SHARDS], ids=str)
 def test_a_prompt_in_chunks_is_the_prompt(pattern: Pattern) -> None:
     whole = plain_call(130, 130, 16)
     output, _ = sparse_flash(whole, pattern, config=SMALL)
@@ -281,7 +301,9 @@ def test_a_prompt_in_chunks_is_the_prompt(pattern: Pattern) -> None:
         torch.testing.assert_close(chunk, output[:, :, first:stop], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("pattern", [SinkAndWindow(4, 40), PowerOfTwoBlocks(16, 2, 1)], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [SinkAndWindow(4, 40), PowerOfTwoBlocks(16, 2, 1), replace(SHARDS, phases=0 * SHARDS.phases)], ids=str
+)
 def test_no_row_reads_what_it_does_not_visit(pattern: Pattern) -> None:
     """Keys and values that no row visits, or that lie in the future of a row, may be anything."""
     inputs = plain_call(97, 97, 16)

@@ -9,6 +9,8 @@ visited at most once by a row, so that the softmax is that of the visited keys.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -18,13 +20,13 @@ from attn_kernels.edited_attention.edited_flash import LOWEST_MAXIMUM, accumulat
 from attn_kernels.edited_attention.launch import ceil_div, last_contiguous, launch, padded_size, strides_of
 from attn_kernels.edited_attention.tiles import LN_2, LOG2_E, capped, scores
 from attn_kernels.inputs import AttentionInputs
-from attn_kernels.patterns import Pattern, PowerOfTwoBlocks, SinkAndWindow
+from attn_kernels.patterns import Pattern, PowerOfTwoBlocks, ShardedBlocks, SinkAndWindow
 from attn_kernels.sparse_attention.visits import RowChoice, Visits
 
 # How a program finds its keys.
-LISTS, SINK_AND_WINDOW, POWER_OF_TWO_BLOCKS = 0, 1, 2
+LISTS, SINK_AND_WINDOW, POWER_OF_TWO_BLOCKS, SHARDED_BLOCKS = 0, 1, 2, 3
 LISTS_IN_KERNEL, SINK_AND_WINDOW_IN_KERNEL = tl.constexpr(LISTS), tl.constexpr(SINK_AND_WINDOW)
-POWER_IN_KERNEL = tl.constexpr(POWER_OF_TWO_BLOCKS)
+POWER_IN_KERNEL, SHARDS_IN_KERNEL = tl.constexpr(POWER_OF_TWO_BLOCKS), tl.constexpr(SHARDED_BLOCKS)
 
 # Rows and keys of a tile, warps and pipeline stages, by padded head size, for static patterns. Lists bring their own tiles.
 CONFIGS: dict[int, tuple[int, int, int, int]] = {64: (128, 64, 4, 4), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)}
@@ -65,7 +67,8 @@ def _seen(
     HAS_WINDOW: tl.constexpr,
     PATTERN: tl.constexpr,
 ):
-    """Which of ``keys`` (C,) each of ``rows`` (R,), both by place, may see: (R, C). ``distance``: see ``_power_ranges``."""
+    """Which of ``keys`` (C,) each of ``rows`` (R,), both by place, may see: (R, C). ``distance``: of blocks at powers of two, or
+    the phase of sharded blocks."""
     seen = (keys >= first_key)[None, :] & (rows[:, None] >= first_key)
     if CAUSAL:
         seen = seen & (keys[None, :] <= rows[:, None])
@@ -87,6 +90,10 @@ def _seen(
             seen = seen & (apart < second_parameter) & (is_sink == 0)
         else:
             seen = seen & (apart == distance) & (apart >= second_parameter) & (is_sink == 0)
+    if PATTERN == SHARDS_IN_KERNEL:
+        key_block = (keys - first_key) // first_parameter
+        apart = ((rows - first_key) // first_parameter)[:, None] - key_block[None, :]
+        seen = seen & ((apart < second_parameter) | ((key_block + distance) % third_parameter == 0)[None, :])
     return seen
 
 
@@ -233,6 +240,7 @@ def _sparse_flash(
     choice_block,
     choice_heads,
     tiles_of_block,
+    phases,
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_PADDING: tl.constexpr,
@@ -364,6 +372,36 @@ def _sparse_flash(
         )  # fmt: skip
 
     scale = 1.0 if HAS_SOFTCAP else scaling * LOG2_E
+    if PATTERN == SHARDS_IN_KERNEL:
+        block = first_parameter
+        phase = tl.load(phases + head)
+        lowest_block = tl.maximum(lowest_row - first_key, 0) // block
+        highest_block = tl.maximum(highest_row - first_key, 0) // block
+        # Blocks of the shard that lie behind all rows' windows of blocks, a tile at a time.
+        first_far = (third_parameter - phase % third_parameter) % third_parameter
+        far_blocks = tl.maximum(lowest_block - second_parameter - first_far + third_parameter, 0) // third_parameter
+        tiles_of_one = block // BLOCK_M
+        for number in tl.range(0, far_blocks * tiles_of_one, num_stages=STAGES):
+            far_block = first_far + number // tiles_of_one * third_parameter
+            first = first_key + far_block * block + number % tiles_of_one * BLOCK_M
+            key_tile = load_whole_tile(key_base + first * k_m.to(tl.int64), in_m * k_m, in_d, D, BLOCK_D, True)
+            value_tile = load_whole_tile(value_base + first * v_m.to(tl.int64), in_m * v_m, in_dv, DV, BLOCK_DV, False)
+            logits = _logits(query_tile, key_tile, softcap, scaling, HAS_SOFTCAP, PRECISION)
+            if HAS_WINDOW:
+                logits = tl.where(rows[:, None] - (first + in_m)[None, :] < window, logits, float("-inf"))
+            accumulator, total, highest, _, _ = accumulate(
+                logits, scale, value_tile, accumulator, total, highest, PRECISION
+            )
+        near = tl.maximum(first_key + (lowest_block - second_parameter + 1) * block, window_start)
+        near = tl.minimum(near, end)
+        accumulator, total, highest = _range(
+            near, end,
+            tl.maximum(whole_window_start, first_key + (highest_block - second_parameter + 1) * block), whole_end,
+            query_tile, key_base, value_base, k_m, v_m, rows, in_d, in_dv, num_keys, first_key, window, softcap, scaling,
+            first_parameter, second_parameter, third_parameter, phase, accumulator, total, highest,
+            CAUSAL, HAS_WINDOW, HAS_SOFTCAP, PATTERN, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION, STAGES,
+        )  # fmt: skip
+
     if HAS_ROWS:
         # By number from the first real query on, as tiles are.
         number = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -508,6 +546,10 @@ def sparse_flash(
         ):
             # Rows of several blocks have theirs at several places.
             block_n, block_m, warps, stages = SMALL_BLOCKS
+    elif isinstance(visited, ShardedBlocks):
+        which, parameters = SHARDED_BLOCKS, (visited.block, visited.local_blocks, visited.stride)
+        # Tiles of keys lie inside of blocks.
+        block_m = math.gcd(visited.block, block_m)
     else:
         raise TypeError(f"no kernel knows the pattern {visited!r}")
     row_choice = visited.rows if isinstance(visited, Visits) else None
@@ -549,6 +591,7 @@ def sparse_flash(
             ),
             1 if lists["columns"] is None else lists["columns"].tiles,
             *((None, 0, 0, 0, 0, 1) if row_choice is None else _of_row_choice(row_choice, block_m)),
+            visited.phases if isinstance(visited, ShardedBlocks) else None,
         ),
         {
             "CAUSAL": inputs.causal,

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from attn_kernels.edited_attention.head_affine import head_affine_
 from attn_kernels.edited_attention.lowering import LoweredEdits, NotLowered, indices_of_heads, lower, selected_heads
 from attn_kernels.inputs import AttentionInputs
-from attn_kernels.patterns import HeaviestKeys, KeyTiles, Pattern, PowerOfTwoBlocks, SinkAndWindow
+from attn_kernels.patterns import HeaviestKeys, KeyTiles, Pattern, PowerOfTwoBlocks, ShardedBlocks, SinkAndWindow
 from attn_kernels.primitives import HeadAffine, Primitive, Sparsity
 from attn_kernels.sparse_attention.sparse_flash import sparse_flash
 from attn_kernels.sparse_attention.visits import TILE_SIZES, visits_of
@@ -48,6 +48,9 @@ def pattern_refusal(pattern: Pattern | KeyTiles | HeaviestKeys) -> str | None:
             return f"{pattern}: no multiple of {smallest} keys" if pattern.key_tile % smallest else None
         sizes = (pattern.query_tile, pattern.key_tile)
         return None if all(size in TILE_SIZES for size in sizes) else f"{pattern}: tiles are of {TILE_SIZES}"
+    if isinstance(pattern, ShardedBlocks):
+        smallest = TILE_SIZES[0]
+        return f"{pattern}: no multiple of {smallest} keys" if pattern.block % smallest else None
     return None if isinstance(pattern, SinkAndWindow | PowerOfTwoBlocks) else f"the pattern {pattern}"
 
 
