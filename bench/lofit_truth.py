@@ -33,14 +33,13 @@ from attn_eval.environment import describe_environment
 from attn_eval.run_log import RunLog
 from attn_eval.runner import progress_bars
 from attn_eval.statistics import compare_paired
-from attn_eval.training.encoding import OpenPromptEncoder, encode_pair, pad_token, padded
-from attn_eval.training.examples import Completion
 from attn_eval.training.measuring import measured
+from attn_eval.training.probing import head_outputs_of
 from attn_eval.training.recipe import LofitRecipe, Stage
 from attn_eval.training.running import Head, Workplace, select
 from attn_eval.training.stages import train_stage, write_json
 from attn_hooks.lofit import RedConfig, random_heads
-from attn_hooks.probes import HeadOutputs, fit_iti, probe_heads
+from attn_hooks.probes import fit_iti, probe_heads
 
 BASE = "base"
 SELECTED, PROBES, RANDOM, OTHER = "lofit, selected", "lofit, probes", "lofit, random", "lofit, other task"
@@ -99,24 +98,6 @@ def recipe_of(task: str, seed: int, rate: float, settings: Settings) -> LofitRec
     )
 
 
-def outputs_of(place: Workplace) -> tuple[HeadOutputs, list[int], list[int]]:
-    """Head outputs of the training prompts with their answer and with that of the next example, labels and groups."""
-    encoder, rows, labels, groups = OpenPromptEncoder(place.tokenizer), [], [], []
-    examples = [example for example in place.splits.train if isinstance(example, Completion)]
-    for number, example in enumerate(examples):
-        for label, answer in ((1, example.completion), (0, examples[(number + 1) % len(examples)].completion)):
-            pair = encode_pair(encoder, example.prompt, answer, end=False)
-            rows.append({"input_ids": pair.ids, "labels": pair.labels})
-            labels.append(label)
-            groups.append(number)
-    pad = pad_token(place.tokenizer)
-    batches = [padded(rows[first : first + 16], pad) for first in range(0, len(rows), 16)]
-    inputs = [
-        {name: batch[name].to(place.model.device) for name in ("input_ids", "attention_mask")} for batch in batches
-    ]
-    return HeadOutputs.collect(place.model, inputs), labels, groups
-
-
 def scores(place: Workplace, model: Any, folder: Path) -> list[float]:
     log = RunLog(folder / "measured", {"arm": folder.name})
     for _ in measured(model.eval(), place.tokenizer, place.splits, place.recipe, "edited", log):
@@ -141,7 +122,7 @@ def run_job(job: Job, settings: Settings, rankings: dict[str, list[Head]]) -> di
         if job.arm == BASE:
             return {"scores": scores(place, place.model, work / BASE), "trained_numbers": 0}
         if job.arm in ("iti", PROBES):
-            outputs, labels, groups = outputs_of(place)
+            outputs, labels, groups = head_outputs_of(place.model, place.tokenizer, place.splits.train, 16)
             heads = probe_heads(outputs, labels, groups=groups).select(k=settings.heads)
             if job.arm == "iti":
                 edit = fit_iti(outputs, labels, heads, alpha=job.setting)

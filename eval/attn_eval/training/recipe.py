@@ -265,11 +265,12 @@ class Selection(Stage):
 
     Attributes:
         method: ``scale`` trains A of all heads under an L1 penalty and ranks by its norm, the paper's; ``offset`` does
-            it with v; ``random`` draws a ranking with the seed and trains nothing.
+            it with v; ``probes`` ranks by how well ITI's probes tell right answers from wrong ones, ``random`` draws a
+            ranking with the seed; these two train nothing.
         l1: lambda, the weight of the penalty.
     """
 
-    method: Literal["scale", "offset", "random"] = "scale"
+    method: Literal["scale", "offset", "probes", "random"] = "scale"
     l1: NonNegativeFloat = 5e-4
 
 

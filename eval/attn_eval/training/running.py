@@ -26,10 +26,12 @@ from attn_eval.run_log import BASELINE, EDITED, FORMAT_VERSION, RESULTS, RunLog
 from attn_eval.runner import progress_bars, weights_fingerprint
 from attn_eval.training.examples import DataSplits
 from attn_eval.training.measuring import examples_sha256, file_sha256, measured, metrics_of
+from attn_eval.training.probing import head_outputs_of
 from attn_eval.training.recipe import LofitRecipe
 from attn_eval.training.stages import ADAPTER, LOG, final_losses, train_stage, write_json
 from attn_hooks.lofit import L1Penalty, LofitConfig, random_heads, rank_heads, read_top_heads
 from attn_hooks.lofit.selection import PUBLISHED_SHARE
+from attn_hooks.probes import probe_heads
 
 SELECT, TRAIN, EVAL = "select", "train", "eval"
 HEADS = "heads.json"
@@ -90,6 +92,10 @@ def select(place: Workplace) -> list[tuple[int, int, float]]:
     if method == "random":
         drawn = random_heads(place.model, share=1.0, seed=recipe.seed)
         ranking = [(layer, head, 0.0) for layer, head in drawn]
+    elif method == "probes":
+        examples, batch_size = place.splits.train, recipe.eval_batch_size
+        outputs, labels, groups = head_outputs_of(place.model, place.tokenizer, examples, batch_size)
+        ranking = probe_heads(outputs, labels, groups=groups, seed=recipe.seed).ranked()
     else:
         model = place.adapted(component=method)
         title = f"select: {'scales' if method == 'scale' else 'offsets'} of all heads"

@@ -150,6 +150,27 @@ def test_other_rankings(method: str, command: Command, tmp_path: Path) -> None:
     assert all((score == 0) == (method == "random") for _, _, score in ranking)
 
 
+@pytest.mark.parametrize("wrong", [" no", None])
+def test_probes_need_wrong_answers(
+    wrong: str | None, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = {"completion": " yes"} if wrong is None else {"chosen": " yes", "rejected": wrong}
+    path = tmp_path / "texts.jsonl"
+    path.write_text(
+        "\n".join(json.dumps({"prompt": f"{number} is", **other}) for number in range(10)), encoding="utf-8"
+    )
+    data = {"set": "completion" if wrong is None else "preference", "train": str(path), "test": str(path)}
+    code = command("select", data=data, selection={"method": "probes", "learning_rate": 0.05})
+    if wrong is None:
+        assert code == 2
+        assert "probes need wrong answers" in capsys.readouterr().err
+    else:
+        assert code == 0
+        ranking = json.loads((tmp_path / "run" / "select" / "heads.json").read_text())["heads"]
+        assert [score for *_, score in ranking] == sorted((score for *_, score in ranking), reverse=True)
+        assert 0 <= ranking[-1][2] <= ranking[0][2] <= 1
+
+
 def test_a_preference_file_is_trained_by_dpo_and_measured(command: Command, tmp_path: Path) -> None:
     rows = [{"prompt": f"{number} is", "chosen": " yes", "rejected": " no"} for number in range(4)]
     path = tmp_path / "pairs.jsonl"
