@@ -5,28 +5,29 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench import lofit_truth
-from bench.lofit_truth import BASE, GRIDS, Job, chosen_setting, rows_of, table_of
+from bench.lofit_truth import BASE, GRIDS, OTHER, SELECTED, SELECTIONS, Job, Settings, chosen_setting, rows_of, table_of
 
 
 def test_rows_are_means_over_seeds_and_paired_differences() -> None:
     done = {
-        Job(0, BASE).key: {"scores": [0.0, 0.0, 1.0, 0.0], "trained_numbers": 0},
-        Job(1, BASE).key: {"scores": [0.0, 1.0, 0.0, 1.0], "trained_numbers": 0},
-        Job(0, "red", 0.1).key: {"scores": [1.0, 0.0, 1.0, 1.0], "trained_numbers": 128},
-        Job(1, "red", 0.1).key: {"scores": [0.0, 1.0, 1.0, 1.0], "trained_numbers": 128},
-        Job(0, "lora 1", 0.01).key: {"scores": [1.0, 1.0, 1.0, 1.0], "trained_numbers": 10240},
+        Job(0, BASE).key: {"scores": [0.0, 0.0, 1.0, 0.0], "trained_numbers": 0, "steps": 0},
+        Job(1, BASE).key: {"scores": [0.0, 1.0, 0.0, 1.0], "trained_numbers": 0, "steps": 0},
+        Job(0, "red", (0.1, 0)).key: {"scores": [1.0, 0.0, 1.0, 1.0], "trained_numbers": 128, "steps": 3},
+        Job(1, "red", (0.1, 0)).key: {"scores": [0.0, 1.0, 1.0, 1.0], "trained_numbers": 128, "steps": 3},
+        Job(0, "lora 1", (0.01, 0)).key: {"scores": [1.0, 1.0, 1.0, 1.0], "trained_numbers": 10240, "steps": 3},
     }
-    base, red = rows_of(done, [0, 1], {BASE: 0.0, "red": 0.1, "lora 1": 0.01})
+    base, red = rows_of(done, [0, 1], {BASE: (0.0, 0), "red": (0.1, 0), "lora 1": (0.01, 0)})
     assert base["accuracy"] == pytest.approx((0.25 + 0.5) / 2)
     assert red["by_seed"] == [0.75, 0.75]
     assert red["difference"] == pytest.approx(0.375)
     low, high = red["interval"]
     assert 0.0 <= low < 0.375 < high <= 1.0
-    assert "| red | 0.1 | 128 | 75.0 | 75.0, 75.0 | +37.5 |" in table_of([base, red])
+    assert "| red | 0.1 | 128 | 3 | 75.0 | 75.0, 75.0 | +37.5 |" in table_of([base, red])
 
 
 def test_the_setting_is_the_best_of_the_tuning_seed() -> None:
@@ -36,6 +37,8 @@ def test_the_setting_is_the_best_of_the_tuning_seed() -> None:
     assert chosen_setting(done, "red", 7) == middle
     done[Job(7, "red", middle).key] = {"scores": [0.0, 0.0]}
     assert chosen_setting(done, "red", 7) == low
+    del done[Job(7, "red", middle).key]
+    assert chosen_setting(done, "red", 7) is None
 
 
 def test_a_look_and_its_continuation(
@@ -43,7 +46,7 @@ def test_a_look_and_its_continuation(
 ) -> None:
     out = tmp_path / "truth.json"
     sizes = ["--seeds", "0", "--train", "4", "--test", "2", "--epochs", "1", "--out", str(out)]
-    monkeypatch.setattr(lofit_truth, "GRIDS", {BASE: (0.0,), "iti": (5.0,), "lora 1": (1e-3,)})
+    monkeypatch.setattr(lofit_truth, "GRIDS", {BASE: ((0.0, 0),), "iti": ((5.0, 0),), "lora 1": ((1e-3, 0),)})
     monkeypatch.setattr(sys, "argv", ["lofit_truth", *sizes, "--arms", "lora 1; iti"])
     lofit_truth.main()
     shown = capsys.readouterr().out
@@ -58,3 +61,37 @@ def test_a_look_and_its_continuation(
     with pytest.raises(SystemExit):
         lofit_truth.main()
     assert "no such arm: 'lora 3'" in capsys.readouterr().err
+
+
+def test_out_of_time_and_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "truth.json"
+    asked: list[Job] = []
+
+    def answered(job: Job, settings: Settings, rankings: dict[str, list[tuple[int, int]]]) -> dict[str, Any]:
+        asked.append(job)
+        if job.arm is None:
+            return {"heads": [(job.setting[1], 0), (1, 1)]}
+        if job.arm in (SELECTED, OTHER):
+            task = "two_hop" if job.arm == SELECTED else "kinship"
+            assert rankings[Job(job.seed, None, job.setting, task).key] == [(job.setting[1], 0), (1, 1)]
+        best = job.setting == (3e-2, 2)
+        return {"scores": [float(best)] * settings.test, "trained_numbers": 64, "steps": 1}
+
+    monkeypatch.setattr(lofit_truth, "run_job", answered)
+    command = ["lofit_truth", "--arms", f"{SELECTED}; {OTHER}", "--out", str(out), "--test", "2"]
+    monkeypatch.setattr(sys, "argv", [*command, "--budget-seconds", "0"])
+    lofit_truth.main()
+    assert asked == []
+    assert f"out of time for base, {SELECTED}, {OTHER}" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", command)
+    lofit_truth.main()
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [(row["arm"], row["accuracy"], row.get("selection")) for row in rows] == [
+        (BASE, 0.0, None),
+        (SELECTED, 1.0, list(SELECTIONS[2])),
+        (OTHER, 1.0, list(SELECTIONS[2])),
+    ]
+    assert "stage 1: 0.03, L1 0.0005" in capsys.readouterr().out
+    assert len(asked) == len(set(asked)) == 2 * 4 + (1 + 2 * 16) + 3 * 2 + 3 * 3
