@@ -22,7 +22,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -303,14 +303,17 @@ class Study:
                     return
                 yield job, work(job)
             return
+        if not todo or self.budget.left <= 0:
+            return
         with ProcessPoolExecutor(self.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
             running = {pool.submit(work, job): job for job in todo}
-            for finished in as_completed(running):
-                if finished.cancelled():
-                    continue
-                yield running[finished], finished.result()
+            waiting = set(running)
+            while waiting:
+                finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    yield running[future], future.result()
                 if self.budget.left <= 0:
-                    pool.shutdown(wait=False, cancel_futures=True)
+                    waiting = {future for future in waiting if not future.cancel()}
 
     def _save(self) -> None:
         write_json(self.out, {"meta": self.meta, "rows": self.rows, "jobs": self.done})

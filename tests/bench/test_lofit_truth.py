@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,19 @@ from typing import Any
 import pytest
 
 from bench import lofit_truth
-from bench.lofit_truth import BASE, GRIDS, OTHER, SELECTED, SELECTIONS, Job, Settings, chosen_setting, rows_of, table_of
+from bench.lofit_truth import (
+    BASE,
+    GRIDS,
+    OTHER,
+    SELECTED,
+    SELECTIONS,
+    Job,
+    Settings,
+    Study,
+    chosen_setting,
+    rows_of,
+    table_of,
+)
 
 
 def test_rows_are_means_over_seeds_and_paired_differences() -> None:
@@ -95,3 +108,22 @@ def test_out_of_time_and_gone_on_with(
     ]
     assert "stage 1: 0.03, L1 0.0005" in capsys.readouterr().out
     assert len(asked) == len(set(asked)) == 2 * 4 + (1 + 2 * 16) + 3 * 2 + 3 * 3
+
+
+def test_processes_begin_nothing_when_the_time_is_out(tmp_path: Path) -> None:
+    class OutAfterTheFirst:
+        asked = 0
+
+        @property
+        def left(self) -> float:
+            self.asked += 1
+            return 1.0 if self.asked == 1 else 0.0
+
+    budget: Any = OutAfterTheFirst()
+    settings = Settings(train=1, test=1, epochs=1, heads=1, tuning_seed=100, device="cpu")
+    study = Study(settings, tmp_path / "truth.json", 2, budget, {})
+    jobs = [Job(seed, BASE) for seed in range(1000)]
+    work: Any = operator.attrgetter("seed")
+    found = list(study._results(work, jobs))
+    assert 0 < len(found) < len(jobs)
+    assert all(seed == job.seed for job, seed in found)
