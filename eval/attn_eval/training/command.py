@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,20 +65,24 @@ def select(
 ) -> None:
     """Stage 1: rank all heads by what a scale of their output learns under an L1 penalty.
 
-    Writes select/heads.json. A training that was stopped goes on with the same command.
+    Writes select/heads.json, and heads.png and losses.png. A training that was stopped goes on with the same command.
     """
+    from attn_eval.training.plots import draw_ranking
     from attn_eval.training.running import EVAL, SELECT, TRAIN
     from attn_eval.training.running import select as select_heads
 
     place = _workplace(recipe, output, overrides, limit, [SELECT, TRAIN, EVAL] if overwrite else [])
     ranking = select_heads(place)
-    table = Table(title=f"{place.recipe.name}: {len(ranking)} heads by {place.recipe.selection.method}")
+    method = place.recipe.selection.method
+    table = Table(title=f"{place.recipe.name}: {len(ranking)} heads by {method}")
     for column in ("layer", "head", "score"):
         table.add_column(column, justify="right")
     for layer, head, score in ranking[:SHOWN_HEADS]:
         table.add_row(str(layer), str(head), f"{score:.4f}")
     out().print(table)
-    out().print(f"written to {escape(str(place.folder / SELECT))}: heads.json", soft_wrap=True)
+    plots = _draw_losses(place, place.folder / SELECT, "all heads")
+    plots += _drawn(place.folder / SELECT / "heads.png", draw_ranking, ranking, f"{place.recipe.name}: {method}")
+    out().print(f"written to {escape(str(place.folder / SELECT))}: {', '.join(['heads.json', *plots])}", soft_wrap=True)
 
 
 @lofit.command()
@@ -90,7 +95,7 @@ def train(
 ) -> None:
     """Stage 2: train offsets on the best heads; everything else of the model stays as it is.
 
-    Writes a PEFT adapter to train/adapter: wrap(model, "lofit:FOLDER") puts it on.
+    Writes a PEFT adapter to train/adapter, which wrap(model, "lofit:FOLDER") puts on, and losses.png.
     """
     from attn_eval.training.running import EVAL, TRAIN
     from attn_eval.training.running import train as train_offsets
@@ -102,7 +107,9 @@ def train(
     out().print(
         f"{len(about['heads'])} heads from {about['heads_from']}, {about['trained_numbers']:,} numbers: {losses}"
     )
-    out().print(f"written to {escape(str(adapter))}", soft_wrap=True)
+    plots = _draw_losses(place, adapter.parent, f"{len(about['heads'])} heads")
+    written = ", ".join([adapter.name, "training.json", *plots])
+    out().print(f"written to {escape(str(adapter.parent))}: {written}", soft_wrap=True)
 
 
 @lofit.command("eval")
@@ -129,6 +136,27 @@ def evaluate(
         return
     out().print(console_table(results["metrics"], place.recipe.name))
     out().print(f"written to {escape(str(place.folder / EVAL))}: results.json, table.md", soft_wrap=True)
+
+
+def _draw_losses(place: Workplace, folder: Path, what: str) -> list[str]:
+    """None where nothing was trained."""
+    from attn_eval.training.plots import draw_losses
+    from attn_eval.training.stages import LOG
+
+    if not (folder / LOG).is_file():
+        return []
+    log = json.loads((folder / LOG).read_text(encoding="utf-8"))
+    return _drawn(folder / "losses.png", draw_losses, log, f"{place.recipe.name}: {what}")
+
+
+def _drawn(path: Path, draw: Callable[..., None], *what: Any) -> list[str]:
+    """The file's name if it could be drawn; else the reason is told, since what was trained is worth more."""
+    try:
+        draw(*what, path)
+    except EvaluationError as problem:
+        out().print(escape(str(problem)))
+        return []
+    return [path.name]
 
 
 def _workplace(

@@ -264,7 +264,9 @@ def table_markdown(results: dict[str, Any]) -> str:
 def forget(folder: Path, stages: Sequence[str]) -> None:
     """Remove what stages left in a folder, and nothing else."""
     for stage in stages:
-        for name in ("run.json", "samples.jsonl", "reports.jsonl", RESULTS, HEADS, TABLE, LOG, "training.json"):
+        for name in (
+            "run.json", "samples.jsonl", "reports.jsonl", RESULTS, HEADS, TABLE, LOG, "training.json", "heads.png", "losses.png",
+        ):  # fmt: skip
             (folder / stage / name).unlink(missing_ok=True)
         for name in (ADAPTER, "checkpoints", "last_good"):
             shutil.rmtree(folder / stage / name, ignore_errors=True)

@@ -90,6 +90,8 @@ def test_select_train_and_eval(
     assert "16 numbers" in table
     assert "| completion | test | score | 6 |" in table
 
+    assert all((run / name).is_file() for name in ("select/heads.png", "select/losses.png", "train/losses.png"))
+
     # What was saved is an adapter of PEFT, and an edit.
     ids = torch.tensor([[5, 6, 7]])
     expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), run / "train" / "adapter")(
@@ -97,6 +99,16 @@ def test_select_train_and_eval(
     )
     edited = attn_hooks.wrap(model, f"lofit:{run / 'train' / 'adapter'}")(ids)
     torch.testing.assert_close(edited.logits, expected.logits)
+
+
+def test_what_was_trained_stays_where_nothing_can_be_drawn(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert command("select") == 0
+    assert "no plots without matplotlib: pip install 'attn-hooks[eval]'" in capsys.readouterr().out
+    select = tmp_path / "run" / "select"
+    assert ((select / "heads.json").is_file(), (select / "heads.png").exists()) == (True, False)
 
 
 def test_what_is_done_is_not_done_again_and_an_evaluation_goes_on(command: Command, tmp_path: Path) -> None:
